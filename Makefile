@@ -1,0 +1,45 @@
+# make quickstart   set up, then search for the best small model on this machine (about 8 minutes)
+# make test         set up, then run the tests
+# make check        lint, format, types, import contracts, tests
+# make clean        remove the environment and caches; searches and their results stay
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test check lint clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@echo "==> setting up $(VENV) from requirements.lock (about 3 minutes, 3 GB)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+	  || { echo "thriftlm needs Python 3.11 to 3.13; set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
+	  --requirement requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  --no-build-isolation --editable .
+	@touch $@
+	@echo "==> ready"
+
+quickstart: $(INSTALLED)
+	@$(BIN)/thriftlm search quickstart
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m thriftlm` is `thriftlm`."""
+
+from thriftlm.cli import main
+
+main()

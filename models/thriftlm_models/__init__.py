@@ -1,0 +1,1 @@
+"""LLaMA-style decoders: what they count (`config`, no torch) and what they compute (`decoder`)."""

@@ -1,0 +1,328 @@
+"""What a run is: model, optimizer, data, system; and what comes out of one.
+
+Nothing here looks at the machine. Identity is the hash of canonical JSON: `recipe_id` leaves the
+system out, `trial_id` has it.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from thriftlm_models.config import FLOP_FORMULA, ModelSpec, Spec
+
+__all__ = [
+    "DataSpec",
+    "InputError",
+    "Measurement",
+    "ModelSpec",
+    "OptimSpec",
+    "Progress",
+    "RunSpec",
+    "Spec",
+    "Status",
+    "SystemSpec",
+]
+
+Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
+Status = Literal["running", "done", "stopped", "oom", "diverged"]
+Fraction = float
+
+NOT_YET: dict[str, str] = {
+    "hsdp": "strategy hsdp is not built yet; use fsdp_full or fsdp_grad_op",
+    "selective": "activation checkpointing is not built yet; use act_ckpt: none",
+    "full": "activation checkpointing is not built yet; use act_ckpt: none",
+    "muon": "optimizer muon is not built yet; use adamw",
+    "bf16_true": "pure bf16 without fp32 masters is not built yet; use amp_bf16",
+    "efficient": "attention kernel efficient is not built yet; use math or flash",
+}
+"""Values the design names that this version refuses, each with the way out."""
+
+
+class InputError(Exception):
+    """Bad input. The message is all that the user sees: the rule, the value, the way out."""
+
+
+class OptimSpec(Spec):
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Update rule."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; gains and other vectors are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moment averages."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Shape of the learning rate over the run; wsd is warm-up, stable, linear decay."""
+    warmup_fraction: Fraction = Field(default=0.02, ge=0, lt=1)
+    """Share of the run's tokens with linear warm-up."""
+    decay_fraction: Fraction = Field(default=0.2, ge=0, le=1)
+    """Share of the run's tokens at its end in which wsd decays."""
+    final_lr_fraction: Fraction = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    batch_tokens: PositiveInt = 32_768
+    """Tokens per optimizer step over all workers."""
+
+    _not_yet = field_validator("optimizer")(lambda cls, value: refuse_not_yet(value))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                "warmup_fraction + decay_fraction must not exceed 1: "
+                f"{self.warmup_fraction} + {self.decay_fraction}"
+            )
+        return self
+
+
+class DataSpec(Spec):
+    """Corpus, tokenizer and how sequences are cut."""
+
+    corpus: str = "python-stdlib"
+    """Built-in name, or path or glob of text files (.txt, .md, .py, ...) or .jsonl."""
+    tokenizer: str = "bpe:4096"
+    """`bpe:N` trained on the training split, the path of a tokenizer.json, or a hub name."""
+    seq_len: PositiveInt = 256
+    """Tokens per sequence."""
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """Share of documents, picked by their hash, held out for the validation loss."""
+
+    @field_validator("corpus")
+    @classmethod
+    def _corpus(cls, value: str) -> str:
+        if value.startswith("hf://"):
+            raise ValueError("hf:// corpora are not built yet; use text or JSONL files by path")
+        return value
+
+    @property
+    def bpe_vocab(self) -> int | None:
+        """N of a `bpe:N` tokenizer, None for any other."""
+        kind, _, size = self.tokenizer.partition(":")
+        if kind != "bpe":
+            return None
+        if not size.isdigit() or int(size) < 257:
+            raise ValueError(
+                f"tokenizer bpe:N needs N of at least 257 (256 bytes and the end of a document), "
+                f"got '{self.tokenizer}'"
+            )
+        return int(size)
+
+
+class SystemSpec(Spec):
+    """Hardware, how the model is spread over it, and where it is rented."""
+
+    gpu: str = "cpu"
+    """Canonical id or alias of the catalog; `cpu` is an entry like any other."""
+    n_gpus: PositiveInt = 1
+    """Workers; for `cpu` each has `cpus_per_worker` threads."""
+    gpus_per_node: PositiveInt | None = None
+    """GPUs in one node; the catalog's when not given."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU threads of one worker."""
+    strategy: Strategy = "single"
+    """How parameters, gradients and optimizer state are spread."""
+    micro_batch: PositiveInt = 8
+    """Sequences per worker in one forward pass."""
+    attention: Literal["math", "flash", "efficient"] = "flash"
+    """Attention kernel, pinned: it runs or it raises."""
+    act_ckpt: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing."""
+    compile: bool = False
+    """Whether blocks go through torch.compile."""
+    precision: Literal["fp32", "amp_bf16", "bf16_true"] = "fp32"
+    """Arithmetic; amp_bf16 computes in bf16 and keeps fp32 parameters and optimizer state."""
+    cloud: str = "aws"
+    """Whose prices count; `apple_normalised` holds the ratios of arXiv 2410.19456."""
+    region: str | None = None
+    """Cloud region; the catalog's cheapest when not given."""
+    market: Literal["on_demand", "spot"] = "on_demand"
+    """On-demand or spot price."""
+    billing: Literal["whole_node", "pro_rata"] | None = None
+    """Whether a started node is paid whole; default pro_rata for cpu and apple_normalised."""
+
+    _not_yet = field_validator("strategy", "act_ckpt", "precision", "attention")(
+        lambda cls, value: refuse_not_yet(value)
+    )
+
+    @field_validator("compile")
+    @classmethod
+    def _compile(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("torch.compile is not built yet; use compile: false")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.strategy == "single" and self.n_gpus > 1:
+            raise ValueError(
+                f"strategy single runs on one GPU, n_gpus is {self.n_gpus}; "
+                "choose ddp, fsdp_full, fsdp_grad_op, zero1, zero2 or zero3"
+            )
+        return self
+
+
+class RunSpec(Spec):
+    """Everything that determines one training run."""
+
+    model: ModelSpec
+    """Architecture."""
+    optim: OptimSpec = OptimSpec()
+    """Optimizer and schedule."""
+    data: DataSpec = DataSpec()
+    """Corpus and tokenizer."""
+    system: SystemSpec = SystemSpec()
+    """Hardware and sharding."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation and data order."""
+    tokens: PositiveInt
+    """Training tokens, the horizon of the learning-rate schedule; rounded up to whole steps."""
+    report_every_tokens: PositiveInt
+    """Tokens between two reports; a twentieth of the run when not given."""
+    checkpoint_every_tokens: PositiveInt | None = None
+    """Tokens between two checkpoints; when not given, one at the end."""
+    validation_tokens: PositiveInt = 65_536
+    """Tokens of the validation split read at each report, always the same ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = dict(given)
+        tokens = fields.get("tokens")
+        if isinstance(tokens, float) and tokens.is_integer():
+            tokens = fields["tokens"] = int(tokens)
+        if fields.get("report_every_tokens") is None and isinstance(tokens, int):
+            fields["report_every_tokens"] = max(1, tokens // 20)
+        fields["model"] = vocab_from_tokenizer(fields.get("model"), fields.get("data"))
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        per_pass = self.system.micro_batch * self.system.n_gpus * self.data.seq_len
+        if self.optim.batch_tokens % per_pass:
+            raise ValueError(
+                "micro_batch x n_gpus x seq_len must divide batch_tokens: "
+                f"{self.system.micro_batch} x {self.system.n_gpus} x {self.data.seq_len} = "
+                f"{per_pass} does not divide {self.optim.batch_tokens}"
+            )
+        bpe_vocab = self.data.bpe_vocab
+        if bpe_vocab is not None and self.model.vocab < bpe_vocab:
+            raise ValueError(
+                f"model.vocab must hold the tokenizer: {self.model.vocab} is below the "
+                f"{bpe_vocab} of {self.data.tokenizer}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.optim.batch_tokens)
+
+    @property
+    def grad_accum(self) -> int:
+        """Forward passes per worker in one optimizer step."""
+        per_pass = self.system.micro_batch * self.system.n_gpus * self.data.seq_len
+        return self.optim.batch_tokens // per_pass
+
+    @property
+    def recipe_id(self) -> str:
+        """Identity of the loss curve: model, optimizer, data and seed, whatever it runs on."""
+        return digest(self.model_dump(include={"model", "optim", "data", "seed"}))
+
+    @property
+    def trial_id(self) -> str:
+        """Identity of the recipe on one system."""
+        return digest({"recipe": self.recipe_id, "system": self.system.model_dump()})
+
+
+class Progress(Spec):
+    """One report of a run. Throughput and memory are measured."""
+
+    status: Status
+    """`running` until the last report."""
+    step: NonNegativeInt
+    """Optimizer steps since the run's beginning."""
+    tokens: NonNegativeInt
+    """Tokens since the run's beginning."""
+    train_loss: float | None = None
+    """Mean training loss in nats per token since the last report; None where it is not finite."""
+    val_loss: float | None = None
+    """Validation loss in nats per token."""
+    val_bits_per_byte: float | None = None
+    """Validation loss in bits per byte of text: comparable across tokenizers."""
+    decayed: bool = False
+    """Whether the learning rate has begun its decay."""
+    warming_up: bool = False
+    """Whether the learning rate is still warming up."""
+    tokens_per_s: float | None = None
+    """Tokens per second and GPU since the last report, validation and checkpoints left out."""
+    mfu: float | None = None
+    """Share of the GPU's bf16 peak; None where no peak is known."""
+    mfu_formula: str = FLOP_FORMULA
+    """Formula of the FLOPs behind `mfu`."""
+    peak_mem_gb: float | None = None
+    """Largest memory of rank 0 in 1e9 bytes: CUDA allocations, on cpu the resident set."""
+    grad_norm: float | None = None
+    """Global gradient norm before clipping, of the last step."""
+    detail: str = ""
+    """What happened, for statuses that need a word."""
+
+
+class Measurement(Spec):
+    """What a run gave: its last report, the curve and the last checkpoint."""
+
+    final: Progress
+    """The last report."""
+    curve: tuple[Progress, ...]
+    """All reports in order, the last included."""
+    checkpoint: str | None
+    """Folder of the last complete checkpoint."""
+
+    @property
+    def status(self) -> Status:
+        """How the run ended."""
+        return self.final.status
+
+
+def refuse_not_yet(value: str) -> str:
+    """The value itself.
+
+    Raises:
+        ValueError: it is named in the design and not built yet.
+    """
+    if value in NOT_YET:
+        raise ValueError(NOT_YET[value])
+    return value
+
+
+def vocab_from_tokenizer(model: Any, data: Any) -> Any:
+    """Model fields with `vocab` taken from a `bpe:N` tokenizer unless it is given."""
+    if not isinstance(model, dict) or "vocab" in model:
+        return model
+    tokenizer = (
+        data.get("tokenizer") if isinstance(data, dict) else getattr(data, "tokenizer", None)
+    )
+    size = str(tokenizer or DataSpec().tokenizer).removeprefix("bpe:")
+    return model | {"vocab": int(size)} if size.isdigit() else model
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""Real training of one run: data, strategies, loop, checkpoints. Knows neither Ray nor MLflow."""

@@ -1,0 +1,102 @@
+"""Checkpoints on disk: whole or not there.
+
+A checkpoint is written beside its final name and renamed when every rank is done, so that a folder
+named `step_...` is always complete.
+"""
+
+import shutil
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+
+from thriftlm.spec import InputError, Progress, RunSpec, Spec
+from thriftlm.training.engine import Engine
+from thriftlm.training.ranks import Ranks
+
+KEPT = 2
+STATE = "state.json"
+
+
+class RunState(Spec):
+    """What a run needs, beside the weights, to go on. The data position is the step."""
+
+    run: RunSpec
+    """The run that wrote it."""
+    step: NonNegativeInt
+    """Optimizer steps done."""
+    curve: tuple[Progress, ...]
+    """All reports so far."""
+
+
+def save(folder: Path, engine: Engine, ranks: Ranks, state: RunState) -> Path:
+    """The folder of a new complete checkpoint; older ones but the last two are removed."""
+    final = folder / f"step_{state.step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    engine.save(partial)
+    ranks.barrier()
+    if ranks.rank == 0:
+        (partial / STATE).write_text(state.model_dump_json())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in complete(folder)[:-KEPT]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a folder, None when there is none."""
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def load(folder: Path, engine: Engine, spec: RunSpec) -> RunState:
+    """The state of a checkpoint, with weights and optimizer loaded into the engine.
+
+    Raises:
+        InputError: it is no checkpoint, or one of another recipe or of a layout that cannot be
+            read into this one.
+    """
+    state = read_state(folder)
+    if state.run.recipe_id != spec.recipe_id or state.run.tokens != spec.tokens:
+        raise InputError(
+            f"{folder} belongs to another run (recipe {state.run.recipe_id} over "
+            f"{state.run.tokens} tokens; this one is {spec.recipe_id} over {spec.tokens}); "
+            "choose another output folder"
+        )
+    here, there = (_layout(run) for run in (spec, state.run))
+    if here != there:
+        raise InputError(
+            f"{folder} was written by {there} and cannot be read by {here} yet; "
+            "go on with the same system"
+        )
+    engine.load(folder)
+    return state
+
+
+def read_state(folder: Path) -> RunState:
+    """The state of a checkpoint, without its weights.
+
+    Raises:
+        InputError: it is no checkpoint.
+    """
+    try:
+        return RunState.model_validate_json((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a checkpoint: {error}") from error
+
+
+def _layout(run: RunSpec) -> str:
+    # torch's distributed checkpoints are read at any world size; DeepSpeed's only at their own.
+    if run.system.strategy.startswith("zero"):
+        return f"{run.system.strategy} on {run.system.n_gpus} workers"
+    return "torch"

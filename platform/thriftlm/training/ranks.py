@@ -1,0 +1,79 @@
+"""The processes of one run and their device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from thriftlm.spec import InputError, SystemSpec
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def mean(self, *values: float) -> list[float]:
+        """Each value averaged over the ranks, in float64."""
+        return [total / self.world_size for total in self.sum(*values)]
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        held = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(held)
+        return [float(value) for value in held.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer everywhere."""
+        return self.sum(float(flag))[0] > 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(system: SystemSpec) -> Iterator[Ranks]:
+    """The ranks of this run, with a process group when there are several.
+
+    A group that a launcher (Ray Train) already made is used and left alone; under `torchrun` one is
+    made and destroyed.
+
+    Raises:
+        InputError: the number of processes is not `n_gpus`, or the GPU is not in this machine.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != system.n_gpus:
+        raise InputError(
+            f"system.n_gpus is {system.n_gpus} but {started} process(es) were started; run "
+            f"`torchrun --nproc-per-node {system.n_gpus} -m thriftlm train ...`"
+        )
+    device = _device(system)
+    made = started > 1 and not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    try:
+        rank = dist.get_rank() if started > 1 else 0
+        yield Ranks(rank, started, device)
+    finally:
+        if made:
+            dist.destroy_process_group()
+
+
+def _device(system: SystemSpec) -> torch.device:
+    if system.gpu == "cpu":
+        torch.set_num_threads(system.cpus_per_worker)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(f"system.gpu is {system.gpu} but this machine has no CUDA; use gpu: cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,304 @@
+"""Token shards: a corpus as memory-mapped Arrow files, cached by content."""
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from thriftlm.spec import DataSpec, InputError, digest
+from thriftlm.training.corpus import Fingerprint, SplitName, Survey, documents, split, survey
+from thriftlm.training.shard_files import (
+    CHUNK_TOKENS,
+    FORMAT_VERSION,
+    META,
+    SPLITS,
+    TOKENIZER,
+    Dtype,
+    ShardsMeta,
+    SplitWriter,
+    TokenArray,
+    damaged,
+    map_split,
+    sha256_of,
+    sync,
+    write_synced,
+)
+from thriftlm.training.tokenizer import (
+    encode,
+    end_id,
+    make_tokenizer,
+    pieces,
+    tokenizer_identity,
+    vocab_size,
+)
+
+GROUP_CHARS = 1 << 20
+"""Characters that are encoded together, by all cores."""
+
+OnProgress = Callable[[str, float], None]
+
+
+class Shards:
+    """A complete folder of token shards, opened."""
+
+    def __init__(self, path: Path, meta: ShardsMeta) -> None:
+        self.path = path
+        self.meta = meta
+        self._tokens = {name: map_split(path, meta, name) for name in SPLITS}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The shards in a folder; files are mapped, not read.
+
+        Raises:
+            InputError: not a folder of shards, of another version, or a file is missing or has
+                another length than it was written with.
+        """
+        try:
+            text = (path / META).read_text(encoding="utf-8")
+        except OSError as error:
+            if path.is_dir():
+                raise damaged(path / META, str(error.strerror)) from error
+            raise InputError(f"{path}: no token shards here: {error.strerror}") from error
+        try:
+            meta = ShardsMeta.model_validate_json(text)
+        except ValidationError as error:
+            raise damaged(path / META, "it is not the metadata of token shards") from error
+        if meta.version != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: token shards of version {meta.version}, this thriftlm reads "
+                f"{FORMAT_VERSION}; build them again"
+            )
+        return cls(path, meta)
+
+    def tokens(self, split: SplitName) -> TokenArray:
+        """The tokens of a split, without a copy."""
+        return self._tokens[split]
+
+    def n_tokens(self, split: SplitName) -> int:
+        """Tokens of a split, end tokens included."""
+        return self.meta.splits[split].tokens
+
+    def bytes_per_token(self, split: SplitName) -> float:
+        """UTF-8 bytes of text per token of a split, end tokens included.
+
+        Bits per byte = nats per token / ln 2 / bytes per token; exact over the whole split.
+        """
+        return self.meta.splits[split].text_bytes / self.meta.splits[split].tokens
+
+    @property
+    def vocab(self) -> int:
+        """Ids of the tokenizer; a model's vocabulary must not be smaller."""
+        return self.meta.vocab
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens in one epoch: those of the training split."""
+        return self.n_tokens("train")
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json."""
+        return self.path / TOKENIZER
+
+    def verify(self) -> None:
+        """Read all files and compare their content with what was written.
+
+        Raises:
+            InputError: a file has changed.
+        """
+        for name in SPLITS:
+            for file in self.meta.splits[name].files:
+                if sha256_of(self.path / file.name) != file.sha256:
+                    raise damaged(self.path / file.name, "its content has changed")
+
+
+def build(data: DataSpec, cache: Path, on_progress: OnProgress | None = None) -> Shards:
+    """The shards of a corpus: those in the cache, or built now.
+
+    The folder in the cache is named by the hash of the documents, the tokenizer and the validation
+    fraction; a tokenizer from the hub counts by its name. A folder of that name is complete, since
+    it is renamed into place: a kill leaves only a `.building-` folder, which the next build
+    removes. Of several builders of the same shards one builds, the others wait for it.
+
+    Args:
+        data: corpus, tokenizer and fractions.
+        cache: folder for shards; created when missing.
+        on_progress: called with a stage and the fraction of it that is done.
+
+    Raises:
+        InputError: bad corpus or tokenizer, a split shorter than one sequence, or a cache that
+            cannot be written.
+    """
+    report = on_progress or (lambda stage, fraction: None)
+    report("reading corpus", 0.0)
+    facts = survey(data.corpus)
+    key = _key(data, facts)
+    with _storage_errors(cache):
+        if not (cache / key).exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            _remove_dead_builds(cache)
+            with _lock(cache, key, report):
+                if not (cache / key).exists():
+                    _build(data, facts, cache, key, report)
+    shards = Shards.open(cache / key)
+    check_length(shards, data)
+    return shards
+
+
+def check_length(shards: Shards, data: DataSpec) -> None:
+    """Nothing, where each split has at least one sequence: `seq_len` inputs and one more target.
+
+    Raises:
+        InputError: a split is shorter.
+    """
+    for name in SPLITS:
+        if shards.n_tokens(name) < data.seq_len + 1:
+            raise InputError(
+                f"data.corpus '{data.corpus}' is too short: its {name} split has "
+                f"{shards.n_tokens(name)} tokens and one sequence needs seq_len + 1 = "
+                f"{data.seq_len + 1}; give more text, a smaller data.seq_len or another "
+                "data.validation_fraction"
+            )
+
+
+def _key(data: DataSpec, facts: Survey) -> str:
+    return digest(
+        {
+            "version": FORMAT_VERSION,
+            "corpus": facts.fingerprint,
+            "tokenizer": tokenizer_identity(data.tokenizer),
+            "validation_fraction": data.validation_fraction,
+        }
+    )
+
+
+def _build(data: DataSpec, facts: Survey, cache: Path, key: str, report: OnProgress) -> None:
+    """Build in a folder beside the final one, then rename. The caller holds the lock of the key."""
+    folder = cache / f".building-{key}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        meta = _write(data, facts, folder, report)
+        write_synced(folder / META, meta.model_dump_json(indent=2))
+        sync(folder)
+        folder.rename(cache / key)
+        sync(cache)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(data: DataSpec, facts: Survey, folder: Path, report: OnProgress) -> ShardsMeta:
+    parts = _parts(data, facts, Fingerprint(), partial(report, "training tokenizer"))
+    tokenizer = make_tokenizer(data, (text for name, text in parts if name == "train"))
+    end, vocab = end_id(tokenizer, data.tokenizer), vocab_size(tokenizer)
+    dtype: Dtype = "uint16" if vocab <= 2**16 else "uint32"
+    write_synced(folder / TOKENIZER, tokenizer.to_str())
+    seen = Fingerprint()
+    parts = _parts(data, facts, seen, partial(report, "tokenizing"))
+    writers = {name: SplitWriter(folder, name, dtype) for name in SPLITS}
+    _write_tokens(tokenizer, end, parts, writers)
+    if seen.value != facts.fingerprint:
+        raise InputError(f"data.corpus '{data.corpus}' changed while it was read; start again")
+    return ShardsMeta(
+        version=FORMAT_VERSION,
+        corpus=data.corpus,
+        corpus_fingerprint=facts.fingerprint,
+        tokenizer=data.tokenizer,
+        validation_fraction=data.validation_fraction,
+        vocab=vocab,
+        end_id=end,
+        dtype=dtype,
+        chunk_tokens=CHUNK_TOKENS,
+        splits={name: writer.finish() for name, writer in writers.items()},
+    )
+
+
+def _parts(
+    data: DataSpec, facts: Survey, seen: Fingerprint, report: Callable[[float], None]
+) -> Iterator[tuple[SplitName, str]]:
+    """Split and text of every part of every document; tells every hundredth of the way."""
+    done = told = 0
+    for document in documents(data.corpus):
+        seen.add(document)
+        yield from split(document.text, facts, data.validation_fraction)
+        done += len(document.text.encode())
+        if done - told >= facts.text_bytes / 100:
+            told = done
+            report(min(1.0, done / facts.text_bytes))
+
+
+def _write_tokens(
+    tokenizer: Tokenizer,
+    end: int,
+    parts: Iterable[tuple[SplitName, str]],
+    writers: dict[SplitName, SplitWriter],
+) -> None:
+    for group in _groups(parts):
+        encoded = encode(tokenizer, [piece.text for piece in group])
+        for piece, ids in zip(group, encoded, strict=True):
+            writers[piece.split].add([*ids, end] if piece.last else ids)
+            writers[piece.split].text_bytes += len(piece.text.encode())
+            writers[piece.split].documents += piece.last
+
+
+class _Piece(NamedTuple):
+    split: SplitName
+    text: str
+    last: bool  # of its document
+
+
+def _groups(parts: Iterable[tuple[SplitName, str]]) -> Iterator[list[_Piece]]:
+    """Pieces in order, about `GROUP_CHARS` characters at a time."""
+    group: list[_Piece] = []
+    chars = 0
+    for name, text in parts:
+        *heads, tail = pieces(text)
+        for piece in (*(_Piece(name, head, False) for head in heads), _Piece(name, tail, True)):
+            group.append(piece)
+            chars += len(piece.text)
+            if chars >= GROUP_CHARS:
+                yield group
+                group, chars = [], 0
+    if group:
+        yield group
+
+
+@contextmanager
+def _lock(cache: Path, key: str, report: OnProgress) -> Iterator[None]:
+    """Hold the lock of a key; the system lets go of it when the process dies."""
+    with (cache / f".lock-{key}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process that builds the same shards", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_dead_builds(cache: Path) -> None:
+    """Remove half-built folders whose builder is gone, that is, whose lock is free."""
+    for folder in cache.glob(".building-*"):
+        with (cache / folder.name.replace(".building-", ".lock-")).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _storage_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # those of reading the corpus are InputError already
+        raise InputError(
+            f"cannot write token shards to {cache}: {error.strerror or error}; free space there, "
+            "correct its permissions, or choose another folder"
+        ) from error

@@ -1,0 +1,109 @@
+"""DeepSpeed ZeRO 1-3 behind the engine interface.
+
+DeepSpeed fills every setting that is not given, and some of its defaults change the result: in 0.19
+gradient clipping defaults to 1.0. So each one that touches the numbers is set here.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+
+from thriftlm.spec import RunSpec
+from thriftlm.training.ranks import Ranks
+from thriftlm_models.decoder import Decoder
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    # Else DeepSpeed compiles a shared-memory op first, minutes with a compiler and an error without
+    # one, that only inference uses; training goes through gloo.
+    deepspeed.ops.__compatible_ops__ = {}
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+TAG = "zero"
+
+
+class ZeroEngine:
+    """ZeRO stage 1 (optimizer state), 2 (and gradients) or 3 (and parameters)."""
+
+    def __init__(self, model: Decoder, spec: RunSpec, ranks: Ranks) -> None:
+        from thriftlm.training.engine import adamw
+
+        deepspeed.init_distributed(
+            dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
+        )
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw(model, spec.optim), config=settings(spec)
+        )
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean loss of sequences (B, T+1)."""
+        loss: Tensor = self.engine(batch[:, :-1], batch[:, 1:])
+        return loss
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient; DeepSpeed divides by the number of micro-batches itself."""
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # moves its micro-batch counter, updates nothing
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients; ZeRO-3 releases gathered weights by the mode."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.train()
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's own format: one file a rank, readable at the same world size."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise FileNotFoundError(f"no ZeRO checkpoint in {folder}")
+
+
+def settings(spec: RunSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration of the run, every default that matters written out."""
+    return {
+        "train_micro_batch_size_per_gpu": spec.system.micro_batch,
+        "gradient_accumulation_steps": spec.grad_accum,
+        "gradient_clipping": spec.optim.grad_clip,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": spec.system.precision == "amp_bf16", "dtype": "bfloat16"},
+        "zero_optimization": {
+            "stage": STAGES[spec.system.strategy],
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": spec.system.gpu != "cpu",
+            "round_robin_gradients": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

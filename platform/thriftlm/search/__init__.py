@@ -1,0 +1,1 @@
+"""The search: space, objective, journal, decisions (`desk`), and Ray (`gang`, `driver`)."""

@@ -1,0 +1,118 @@
+"""Search algorithms: each proposes the points it wants next, best first.
+
+An algorithm is a pure function of space and history, so that a resumed search decides as the
+uninterrupted one would have: its randomness comes from the seed and the number of the draw.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+
+from thriftlm.search.scoring import score_trials
+from thriftlm.search.space import Rejected, Space
+from thriftlm.search.state import SearchState
+from thriftlm.spec import RunSpec
+
+MAX_DRAWS = 2_000
+"""Draws in a row without a new valid point after which a space counts as exhausted."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point of the space and the run it stands for."""
+
+    point: Mapping[str, Any]
+    run: RunSpec
+
+
+Algorithm = Callable[[Space, SearchState], Iterator[Proposal]]
+
+
+def random(space: Space, state: SearchState) -> Iterator[Proposal]:
+    """Independent draws."""
+    draws = (
+        space.sample(np.random.default_rng([space.search.seed, index]))
+        for index in itertools.count()
+    )
+    return _new(space, state, draws)
+
+
+def grid(space: Space, state: SearchState) -> Iterator[Proposal]:
+    """Every combination, in the order of the file."""
+    return _new(space, state, space.grid(), limit=None)
+
+
+def tpe(space: Space, state: SearchState) -> Iterator[Proposal]:
+    """Optuna's tree-structured Parzen estimator on the driving objective.
+
+    Trials that gave no loss enter as failures; running ones as their predicted score so far.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {name: d.distribution() for name, d in space.domains.items()}
+    history = _history(space, state, distributions)
+    directions = ["minimize"] * (2 if space.objective_name == "pareto" else 1)
+
+    def draw(index: int) -> dict[str, Any]:
+        seed = int(np.random.default_rng([space.search.seed, index]).integers(2**31))
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, warn_independent_sampling=False
+        )
+        study = optuna.create_study(directions=directions, sampler=sampler)
+        study.add_trials(history)
+        return dict(study.ask(distributions).params)
+
+    return _new(space, state, (draw(len(state.trials) + i) for i in itertools.count()))
+
+
+ALGORITHMS: dict[str, Algorithm] = {"random": random, "grid": grid, "optuna": tpe}
+
+
+def _new(
+    space: Space,
+    state: SearchState,
+    points: Iterator[dict[str, Any]],
+    *,
+    limit: int | None = MAX_DRAWS,
+) -> Iterator[Proposal]:
+    """The valid points that have not been tried, each once."""
+    seen = set(state.trials)
+    misses = 0
+    for point in points:
+        run = space.resolve(point, space.search.seed)
+        if isinstance(run, Rejected) or run.trial_id in seen:
+            misses += 1
+            if limit is not None and misses >= limit:
+                return
+            continue
+        misses = 0
+        seen.add(run.trial_id)
+        yield Proposal(point, run)
+
+
+def _history(
+    space: Space, state: SearchState, distributions: dict[str, Any]
+) -> list[optuna.trial.FrozenTrial]:
+    scores = score_trials(space, state, state.trials.values())
+    history = []
+    for trial in state.trials.values():
+        score = scores.get(trial.trial_id)
+        values = None
+        if score is not None:
+            values = [score.value]
+            if space.objective_name == "pareto":
+                values = [score.loss_at_budget, score.usd_per_btok]
+        elif not trial.has_ended:
+            continue
+        history.append(
+            optuna.trial.create_trial(
+                params=trial.point,
+                distributions=distributions,
+                values=values,
+                state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,
+            )
+        )
+    return history

@@ -1,0 +1,211 @@
+"""Every decision of a search, in one place and without Ray.
+
+What runs next, what stops, what it is worth: each decision is written to the journal before it
+takes effect, and all of it can be replayed.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from thriftlm import catalog
+from thriftlm.search import algorithms
+from thriftlm.search.asha import rung_reached, survives
+from thriftlm.search.budget import Budget
+from thriftlm.search.capacity import Capacity
+from thriftlm.search.journal import (
+    Allocated,
+    Ended,
+    Event,
+    Journal,
+    Released,
+    Reported,
+    SearchEnded,
+    SearchResumed,
+    StopRequested,
+    Suggested,
+)
+from thriftlm.search.objective import Score
+from thriftlm.search.scoring import score_trials
+from thriftlm.search.space import Space
+from thriftlm.search.state import SearchState, TrialState
+from thriftlm.spec import Progress, Status
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing can start now; ask again."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Nothing will start any more, and why."""
+
+    reason: str
+
+
+class Desk:
+    """Decides, and keeps the journal.
+
+    Args:
+        space: what is searched.
+        journal: open, and begun with `SearchStarted`.
+        capacity: what the cluster holds.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        journal: Journal,
+        capacity: Capacity,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.space, self.journal, self.capacity, self.clock = space, journal, capacity, clock
+        self.state = SearchState(journal.events)
+        self.settings = space.search
+        limits = space.search_budget
+        self.budget = Budget(limits.usd, limits.hours, limits.trials)
+        self.propose = algorithms.ALGORITHMS[self.settings.algorithm]
+        self.interrupted = False
+
+    def resume(self) -> None:
+        """Close what a killed driver left open, at the last moment it is known to have lived."""
+        for trial in self.state.running:
+            self._release(trial, self.state.last_at)
+        self._write(SearchResumed(at=self.clock()))
+
+    def next_trial(self) -> TrialState | Wait | Finished:
+        """The trial to start now; its resources are held from this call on."""
+        if self.interrupted:
+            return Finished(INTERRUPTED)
+        trial = next(iter(self.state.waiting), None) or self._suggest()
+        if isinstance(trial, Finished):
+            return trial
+        usd_per_hour = catalog.usd_per_hour(trial.run.system)
+        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=usd_per_hour)
+        if refusal and not self.state.running:
+            return Finished(f"{refusal} leaves no room for another trial")
+        if refusal or not self._has_room(trial):
+            return Wait()
+        self._write(
+            Allocated(
+                at=self.clock(),
+                trial_id=trial.trial_id,
+                usd_per_hour=usd_per_hour,
+                price=str(catalog.price(trial.run.system)),
+            )
+        )
+        return trial
+
+    def report(self, trial_id: str, progress: Progress, checkpoint: str | None) -> bool:
+        """Take a report into account; whether the trial must end at its next one."""
+        trial = self.state.trials[trial_id]
+        before = trial.tokens
+        self._write(
+            Reported(at=self.clock(), trial_id=trial_id, progress=progress, checkpoint=checkpoint)
+        )
+        if progress.status == "running" and trial.stop_reason is None:
+            reason = self._stop_reason(trial, before)
+            if reason is not None:
+                self._write(StopRequested(at=self.clock(), trial_id=trial_id, reason=reason))
+        return trial.stop_reason is not None
+
+    def end(
+        self,
+        trial_id: str,
+        status: Status | Literal["failed"],
+        reason: str = "",
+        checkpoint: str | None = None,
+    ) -> None:
+        """Release the resources of a trial; it is over unless it was only interrupted."""
+        trial = self.state.trials[trial_id]
+        self._release(trial, self.clock())
+        if status == "stopped" and trial.stop_reason == INTERRUPTED:
+            return
+        if status == "stopped":
+            reason = trial.stop_reason or reason
+        self._write(
+            Ended(
+                at=self.clock(),
+                trial_id=trial_id,
+                status=status,
+                reason=reason,
+                checkpoint=checkpoint,
+            )
+        )
+
+    def interrupt(self) -> None:
+        """Ask every running trial to end at its next report, to go on in a resumed search."""
+        self.interrupted = True
+        for trial in self.state.running:
+            if trial.stop_reason is None:
+                self._write(
+                    StopRequested(at=self.clock(), trial_id=trial.trial_id, reason=INTERRUPTED)
+                )
+
+    def close(self, reason: str) -> None:
+        """End the search; an interrupted one can be resumed."""
+        for trial in self.state.running:
+            self._release(trial, self.clock())
+        status: Literal["finished", "interrupted"] = "finished"
+        if self.interrupted:
+            status = "interrupted"
+        self._write(SearchEnded(at=self.clock(), status=status, reason=reason))
+
+    def scores(self) -> dict[str, Score]:
+        """The score of every trial that measured a loss."""
+        return score_trials(self.space, self.state, self.state.trials.values())
+
+    def _suggest(self) -> TrialState | Finished:
+        number = len(self.state.trials)
+        if self.budget.trials is not None and number >= self.budget.trials:
+            return Finished(f"search budget of {self.budget.trials} trials")
+        for proposal in self.propose(self.space, self.state):
+            if self.capacity.can_ever_hold(proposal.run.system):
+                run = proposal.run
+                event = Suggested(
+                    at=self.clock(),
+                    trial_id=run.trial_id,
+                    number=number,
+                    point=dict(proposal.point),
+                    run=run,
+                )
+                self._write(event)
+                return self.state.trials[run.trial_id]
+        return Finished("every point of the space that fits has been tried")
+
+    def _has_room(self, trial: TrialState) -> bool:
+        running = [other.run.system for other in self.state.running]
+        limit = self.settings.max_concurrent
+        if limit is not None and len(running) >= limit:
+            return False
+        return self.capacity.can_hold(trial.run.system, running)
+
+    def _stop_reason(self, trial: TrialState, before: int) -> str | None:
+        reason = self.budget.stop_reason(self.state, self.clock())
+        if reason is not None or self.space.scheduler != "asha":
+            return reason
+        rung = rung_reached(self.settings.fidelity.rungs, before, trial.tokens)
+        if rung is None:
+            return None
+        values = self._values_at(rung)
+        factor = self.settings.fidelity.factor
+        if trial.trial_id in values and not survives(trial.trial_id, values, factor):
+            return f"asha: not in the top 1/{factor} of {len(values)} at {rung} tokens"
+        return None
+
+    def _values_at(self, rung: int) -> Mapping[str, float]:
+        reached = [trial for trial in self.state.trials.values() if trial.tokens >= rung]
+        scores = score_trials(self.space, self.state, reached, until_tokens=rung)
+        return {trial_id: score.value for trial_id, score in scores.items()}
+
+    def _release(self, trial: TrialState, at: float) -> None:
+        self._write(Released(at=at, trial_id=trial.trial_id, usd=trial.allocations[-1].usd(at)))
+
+    def _write(self, event: Event) -> None:
+        self.state.apply(event)
+        self.journal.append(event)

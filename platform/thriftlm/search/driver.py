@@ -1,0 +1,280 @@
+"""Runs a search on Ray: Tune starts and ends trials, the desk decides which."""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from thriftlm.search.capacity import Capacity
+from thriftlm.search.desk import Desk, Finished, Wait
+from thriftlm.search.gang import OUTCOME, TRIAL_RESOURCES, run_trial
+from thriftlm.search.journal import Journal, SearchStarted
+from thriftlm.search.provenance import versions
+from thriftlm.search.space import Space
+from thriftlm.search.storage import writable
+from thriftlm.search.worker import StopBoard
+from thriftlm.spec import InputError, Progress, digest
+
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours asks the trials to stop, Tune's ends them
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "64",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the journal is the state; Tune's is not used
+}
+OnStage = Callable[[str, float], None]
+"""Told what is being waited for before the first trial, and the share of it that is done."""
+
+
+class Unpickled:
+    """Base of what Tune would save with its own state: nothing, the journal is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class DeskSearcher(Unpickled, Searcher):
+    """Tune's question "what next?", put to the desk."""
+
+    def __init__(self, desk: Desk, common: dict[str, Any]) -> None:
+        super().__init__()
+        self.desk, self.common = desk, common
+        self.finished = ""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of the next trial, None to wait, `FINISHED` when there is none."""
+        answer = self.desk.next_trial()
+        match answer:
+            case Finished(reason):
+                self.finished = self.finished or reason
+                return str(Searcher.FINISHED)
+            case Wait():
+                return None
+        board = self.common["board"]
+        ray.get(board.clear.remote(answer.trial_id))
+        run = answer.run.model_dump_json()
+        return self.common | {"run": run, "trial_id": answer.trial_id}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the scheduler hears of it, with the trial."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing."""
+
+
+class DeskScheduler(Unpickled, FIFOScheduler):
+    """Tune's results, told to the desk; a stop goes to the board and is obeyed at a report."""
+
+    def __init__(self, desk: Desk, board: Any) -> None:
+        super().__init__()
+        self.desk, self.board = desk, board
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self.interrupt_asked = False
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first trial that waits; called at every turn of Tune's loop."""
+        if self.interrupt_asked and not self.desk.interrupted:
+            self.desk.interrupt()
+            self.post_stops()
+        return super().choose_trial_to_run(tune_controller)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Always `CONTINUE`: trials end themselves."""
+        if OUTCOME in result:
+            self.outcomes[trial.trial_id] = json.loads(result[OUTCOME])
+        elif "progress" in result:
+            progress = Progress.model_validate_json(result["progress"])
+            self.desk.report(trial.config["trial_id"], progress, result["checkpoint"])
+            self.post_stops()
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Release what the trial held."""
+        outcome = self.outcomes.get(trial.trial_id) or {
+            "status": "failed",
+            "reason": "the trial ended without an outcome",
+            "checkpoint": None,
+        }
+        self.desk.end(trial.config["trial_id"], **outcome)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The Tune trial itself broke: a failure, not the end of the search."""
+        reason = str(trial.get_error() or "the trial's process died").strip().splitlines()[-1]
+        self.desk.end(trial.config["trial_id"], "failed", reason)
+
+    def post_stops(self) -> None:
+        """Put every stop of the desk on the board."""
+        for trial in self.desk.state.running:
+            if trial.stop_reason is not None:
+                self.board.stop.remote(trial.trial_id)
+
+
+def run(
+    space: Space,
+    journal: Journal,
+    cache: Path,
+    *,
+    address: str | None = None,
+    on_stage: OnStage = lambda stage, fraction: None,
+) -> Desk:
+    """The desk of the search when it has ended, finished or interrupted.
+
+    Args:
+        space: what to search.
+        journal: open, in the search's folder, on storage that every node sees; one that has
+            events is resumed.
+        cache: absolute folder of token shards, on such storage too.
+        address: Ray cluster; a local one is started when None and no job gave one.
+        on_stage: told what is being waited for.
+
+    Raises:
+        InputError: storage, corpus or cluster are not usable.
+    """
+    unique_tokens = prepare_data(space, cache, on_stage)
+    on_stage("starting Ray" if address is None else f"connecting to Ray at {address}", 0.0)
+    with cluster(address) as capacity:
+        refuse_unfitting(space, capacity)
+        is_new = not journal.events
+        if is_new:
+            journal.append(
+                SearchStarted(
+                    search_id=journal.path.parent.name,
+                    space=space.document(),
+                    versions=versions(),
+                    unique_tokens=unique_tokens,
+                )
+            )
+        desk = Desk(space, journal, capacity)
+        if not is_new:
+            desk.resume()
+        desk.close(drive(desk, cache))
+    return desk
+
+
+def drive(desk: Desk, cache: Path) -> str:
+    """Run trials until the desk has no more; the reason why it ended."""
+    os.environ.update(ENVIRONMENT)
+    folder = desk.journal.path.parent
+    board = StopBoard.remote()  # type: ignore[attr-defined]
+    searcher = DeskSearcher(desk, {"folder": str(folder), "cache": str(cache), "board": board})
+    scheduler = DeskScheduler(desk, board)
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, TRIAL_RESOURCES),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{len(desk.journal.events)}",
+            storage_path=str(folder / "ray"),
+            verbose=0,
+            callbacks=[],
+        ),
+    )
+    with interruptible(scheduler):
+        tuner.fit()
+    return searcher.finished
+
+
+@contextmanager
+def interruptible(scheduler: DeskScheduler) -> Iterator[None]:
+    """The first Ctrl-C asks all trials to end at their next report, the second ends at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        if scheduler.interrupt_asked:
+            raise KeyboardInterrupt
+        scheduler.interrupt_asked = True  # acted on from Tune's loop, not from inside a write
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[Capacity]:
+    """A connection to Ray and what it can hold; a local cluster that we started is shut down.
+
+    Raises:
+        InputError: the cluster does not answer, or lacks the State API (`ray[default]`).
+    """
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address is None:
+            ray.init(num_cpus=os.cpu_count(), include_dashboard=True, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        check_state_api()
+        yield Capacity(cluster_resources(ray.cluster_resources()))
+    finally:
+        ray.shutdown()
+
+
+def check_state_api() -> None:
+    """Make sure that Ray can clean up after a trial that dies.
+
+    Raises:
+        InputError: the State API does not answer; placement groups would leak in silence.
+    """
+    from ray.util.state import list_placement_groups
+
+    try:
+        list_placement_groups(limit=1)
+    except Exception as error:  # ray raises many kinds here, all mean the same to us
+        raise InputError(
+            "Ray's State API does not answer, and without it stopped trials keep their resources; "
+            f"install ray[default] on the cluster and start its dashboard ({error})"
+        ) from error
+
+
+def cluster_resources(resources: dict[str, float]) -> dict[str, float]:
+    """Ray's resources by the names of `Capacity`: GPUs counted by accelerator type."""
+    kinds = [name for name in resources if name.startswith("accelerator_type:")]
+    found = {"CPU": resources.get("CPU", 0.0)}
+    for kind in kinds:
+        # Ray does not count GPUs by type; with one type in the cluster all of them are of it.
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and kind in n["Resources"]]
+        gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        found[f"GPU:{kind.removeprefix('accelerator_type:')}"] = gpus
+    return found
+
+
+def refuse_unfitting(space: Space, capacity: Capacity) -> None:
+    """Make sure that something of the space fits the cluster.
+
+    Raises:
+        InputError: no system of the space does.
+    """
+    if not any(capacity.can_ever_hold(system) for system in space.systems()):
+        raise InputError(
+            "no system of this space fits the cluster, which has "
+            + ", ".join(f"{amount:g} {name}" for name, amount in capacity.total.items())
+            + "; lower n_gpus or cpus_per_worker, or use another gpu"
+        )
+
+
+def prepare_data(space: Space, cache: Path, on_stage: OnStage) -> dict[str, int]:
+    """Build the token shards of the space; unique training tokens by digest of the data spec."""
+    from thriftlm.training.shards import build
+
+    unique = {}
+    for data in space.data_specs():
+        unique[digest(data.model_dump())] = build(data, writable(cache), on_stage).unique_tokens
+    return unique

@@ -1,0 +1,204 @@
+"""The append-only journal of a search: everything that the search knows is a replay of it.
+
+One JSON object a line, flushed to disk before the search acts on it. A line that a kill cut short
+is dropped when the journal is opened again.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import RLock
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, TypeAdapter
+
+from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
+
+JOURNAL_VERSION = 1
+
+
+class Event(Spec):
+    """Base of all journal lines."""
+
+    at: float = Field(default_factory=lambda: datetime.now(UTC).timestamp())
+    """Unix seconds at which it happened."""
+
+
+class SearchStarted(Event):
+    """First line: what is searched, where, with which prices and versions."""
+
+    kind: Literal["search_started"] = "search_started"
+    version: int = JOURNAL_VERSION
+    search_id: str
+    """Name of the search and of its storage folder."""
+    space: dict[str, Any]
+    """The resolved space file."""
+    versions: dict[str, str]
+    """Packages, Python, git commit, price snapshot."""
+    unique_tokens: dict[str, int]
+    """Training tokens in each corpus that the space uses, by the digest of its `DataSpec`."""
+
+
+class SearchResumed(Event):
+    """A new driver took over; allocations still open in the journal ended with the last line."""
+
+    kind: Literal["search_resumed"] = "search_resumed"
+
+
+class Suggested(Event):
+    """The searcher proposed a trial. Its number gives the order of proposals, from 0."""
+
+    kind: Literal["suggested"] = "suggested"
+    trial_id: str
+    number: int
+    point: dict[str, Any]
+    """The varied fields by dotted path, as sampled."""
+    run: RunSpec
+    """The whole run."""
+
+
+class Allocated(Event):
+    """Resources are held for a trial from now on."""
+
+    kind: Literal["allocated"] = "allocated"
+    trial_id: str
+    usd_per_hour: float
+    """Price of everything billed for it."""
+    price: str
+    """Cloud, region, market, instance and date of that price."""
+
+
+class Reported(Event):
+    """A trial measured something."""
+
+    kind: Literal["reported"] = "reported"
+    trial_id: str
+    progress: Progress
+    checkpoint: str | None = None
+
+
+class StopRequested(Event):
+    """Scheduler, budget or person asked a trial to end at its next report."""
+
+    kind: Literal["stop_requested"] = "stop_requested"
+    trial_id: str
+    reason: str
+
+
+class Released(Event):
+    """The resources of a trial are free again. What it cost runs from `Allocated` to here."""
+
+    kind: Literal["released"] = "released"
+    trial_id: str
+    usd: float
+
+
+class Ended(Event):
+    """A trial is over and will not run again."""
+
+    kind: Literal["ended"] = "ended"
+    trial_id: str
+    status: Status | Literal["failed"]
+    """How the run ended; `failed` where it broke in a way that is no result."""
+    reason: str = ""
+    checkpoint: str | None = None
+    """Folder of the last complete checkpoint."""
+
+
+class RunMinted(Event):
+    """The tracking server gave a run its id; `trial_id` is None for the parent of the search."""
+
+    kind: Literal["run_minted"] = "run_minted"
+    trial_id: str | None
+    mlflow_run_id: str
+
+
+class SearchEnded(Event):
+    """The search is over. `interrupted` searches can be resumed, `finished` ones are answered."""
+
+    kind: Literal["search_ended"] = "search_ended"
+    status: Literal["finished", "interrupted"]
+    reason: str
+
+
+AnyEvent = Annotated[
+    SearchStarted
+    | SearchResumed
+    | Suggested
+    | Allocated
+    | Reported
+    | StopRequested
+    | Released
+    | Ended
+    | RunMinted
+    | SearchEnded,
+    Field(discriminator="kind"),
+]
+Listener = Callable[[Event], None]
+_event: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+
+
+class Journal:
+    """An open journal: `append` writes a line and tells the listeners.
+
+    Args:
+        path: the file; created when missing.
+        listeners: called with each appended event, in order, after it is on disk.
+    """
+
+    def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()) -> None:
+        self.path = path
+        self.listeners = listeners
+        self.events: list[Event] = list(read(path)) if path.exists() else []
+        self._cut_torn_line()
+        self._lock = RLock()  # the tracking thread appends the ids it got
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, event: Event) -> None:
+        """Write the event to disk, then tell every listener."""
+        with self._lock:
+            self._file.write(event.model_dump_json() + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.events.append(event)
+            for listener in self.listeners:
+                listener(event)
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        whole = self.path.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            os.truncate(self.path, len(kept))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read(path: Path) -> Iterator[Event]:
+    """The events of a journal, in order; a last line without its end is left out.
+
+    Raises:
+        InputError: a line is not an event, or a newer version wrote the journal.
+    """
+    text = path.read_bytes()
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            event = _event.validate_json(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a line of a journal: {error}") from error
+        if isinstance(event, SearchStarted) and event.version > JOURNAL_VERSION:
+            raise InputError(
+                f"{path}: written by a newer thriftlm (journal version {event.version}, this one "
+                f"reads {JOURNAL_VERSION}); update thriftlm"
+            )
+        yield event

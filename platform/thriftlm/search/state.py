@@ -1,0 +1,175 @@
+"""What a search knows, as a replay of its journal."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import singledispatchmethod
+from typing import Any
+
+from thriftlm.search.journal import (
+    Allocated,
+    Ended,
+    Event,
+    Released,
+    Reported,
+    SearchEnded,
+    SearchResumed,
+    SearchStarted,
+    StopRequested,
+    Suggested,
+)
+from thriftlm.spec import Progress, RunSpec
+
+
+@dataclass
+class Allocation:
+    """An interval in which resources were held and billed. Instants are Unix seconds."""
+
+    usd_per_hour: float
+    since: float
+    until: float | None = None
+
+    def usd(self, now: float) -> float:
+        """Dollars from the beginning to the end, or to `now` while it is open."""
+        return self.usd_per_hour * ((self.until or now) - self.since) / 3600
+
+
+@dataclass
+class TrialState:
+    """One trial as the journal tells it."""
+
+    trial_id: str
+    number: int
+    point: dict[str, Any]
+    run: RunSpec
+    curve: list[Progress] = field(default_factory=list)
+    reported_at: list[float] = field(default_factory=list)  # within the last allocation
+    allocations: list[Allocation] = field(default_factory=list)
+    stop_reason: str | None = None
+    status: str | None = None
+    reason: str = ""
+    checkpoint: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds resources now."""
+        return bool(self.allocations) and self.allocations[-1].until is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over for good."""
+        return self.status is not None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far."""
+        return self.curve[-1].tokens if self.curve else 0
+
+    @property
+    def loss(self) -> float | None:
+        """Validation loss of the last report that has one, in nats per token."""
+        return next((p.val_loss for p in reversed(self.curve) if p.val_loss is not None), None)
+
+    def usd(self, now: float) -> float:
+        """Dollars of all its allocations."""
+        return sum(allocation.usd(now) for allocation in self.allocations)
+
+    def tokens_per_s(self) -> float | None:
+        """Median measured tokens per second over all its GPUs."""
+        rates = sorted(p.tokens_per_s for p in self.curve if p.tokens_per_s is not None)
+        return rates[len(rates) // 2] * self.run.system.n_gpus if rates else None
+
+
+class SearchState:
+    """The whole search: feed it the events of a journal in order.
+
+    A journal that ends without a word (the driver was killed) leaves allocations open; the next
+    driver closes them at the last line, the last moment at which the search is known to have lived.
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.trials: dict[str, TrialState] = {}
+        self.started: SearchStarted | None = None
+        self.ended: SearchEnded | None = None
+        self.hours_before = 0.0
+        self.session_since = 0.0
+        self.last_at = 0.0
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: Event) -> None:
+        """Take one event into account."""
+        self._apply(event)
+        self.last_at = max(self.last_at, event.at)
+
+    def spent_usd(self, now: float) -> float:
+        """Dollars of all allocations so far."""
+        return sum(trial.usd(now) for trial in self.trials.values())
+
+    def hours(self, now: float) -> float:
+        """Wall-clock hours that drivers of this search have run."""
+        return self.hours_before + (now - self.session_since) / 3600
+
+    @property
+    def running(self) -> list[TrialState]:
+        """Trials that hold resources."""
+        return [trial for trial in self.trials.values() if trial.is_running]
+
+    @property
+    def waiting(self) -> list[TrialState]:
+        """Trials that were proposed, or interrupted, and hold nothing; oldest first."""
+        return [t for t in self.trials.values() if not t.has_ended and not t.is_running]
+
+    @singledispatchmethod
+    def _apply(self, event: Event) -> None:
+        """Events that change nothing here, such as minted run ids."""
+
+    @_apply.register
+    def _(self, event: SearchStarted) -> None:
+        self.started, self.session_since = event, event.at
+
+    @_apply.register
+    def _(self, event: SearchResumed) -> None:
+        self.hours_before += (self.last_at - self.session_since) / 3600
+        self.session_since, self.ended = event.at, None
+        for trial in self.waiting:
+            trial.stop_reason = None
+
+    @_apply.register
+    def _(self, event: Suggested) -> None:
+        self.trials[event.trial_id] = TrialState(
+            event.trial_id, event.number, event.point, event.run
+        )
+
+    @_apply.register
+    def _(self, event: Allocated) -> None:
+        trial = self.trials[event.trial_id]
+        trial.allocations.append(Allocation(event.usd_per_hour, event.at))
+        trial.reported_at = []
+
+    @_apply.register
+    def _(self, event: Reported) -> None:
+        trial = self.trials[event.trial_id]
+        # A resumed trial goes on from its checkpoint: what it measures again replaces the old.
+        while trial.curve and trial.curve[-1].tokens >= event.progress.tokens:
+            trial.curve.pop()
+        trial.curve.append(event.progress)
+        trial.reported_at.append(event.at)
+        trial.checkpoint = event.checkpoint or trial.checkpoint
+
+    @_apply.register
+    def _(self, event: StopRequested) -> None:
+        self.trials[event.trial_id].stop_reason = event.reason
+
+    @_apply.register
+    def _(self, event: Released) -> None:
+        self.trials[event.trial_id].allocations[-1].until = event.at
+
+    @_apply.register
+    def _(self, event: Ended) -> None:
+        trial = self.trials[event.trial_id]
+        trial.status, trial.reason = event.status, event.reason
+        trial.checkpoint = event.checkpoint or trial.checkpoint
+
+    @_apply.register
+    def _(self, event: SearchEnded) -> None:
+        self.ended = event

@@ -1,0 +1,89 @@
+"""What this machine can run, and how fast its arithmetic and memory are when measured."""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from thriftlm import catalog
+from thriftlm.search.provenance import versions
+from thriftlm.search.storage import Storage
+from thriftlm_models.attention import available_kernels
+
+REPEATS = 5
+CPU_MATRIX, CUDA_MATRIX = 1024, 8192
+
+
+def examine(storage: Storage) -> dict[str, Any]:
+    """Packages, devices, kernels, storage, age of prices, and measured speed of the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = next(path for path in (storage.root, *storage.root.parents) if path.exists())
+    return {
+        "versions": versions(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "cuda_devices": [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ],
+        "attention": {
+            f"{device} {name}": list(available_kernels(device, dtype))
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        },
+        "strategies": ["single", "ddp", "fsdp_full", "fsdp_grad_op", "zero1", "zero2", "zero3"],
+        "matmul_tflops_measured": {
+            "fp32": round(matmul_tflops(device, torch.float32), 3),
+            "bf16": round(matmul_tflops(device, torch.bfloat16), 3),
+        },
+        "memory_gb_per_s_measured": round(memory_gb_per_s(device), 1),
+        "storage": str(storage.root),
+        "storage_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
+        "price_age_days": catalog.age_days(datetime.now(UTC).date()),
+    }
+
+
+def show_examination(found: dict[str, Any]) -> None:
+    """Print what `examine` found."""
+    console = Console(highlight=False)
+    for name, value in found.items():
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{k} {v if v != [] else 'none'}" for k, v in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(map(str, value)) or "none"
+        console.print(f"[bold]{name.replace('_', ' '):<26}[/] {shown}", soft_wrap=True)
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """Measured 1e12 FLOP/s of a square matrix product, 2 n^3 FLOPs; median of five."""
+    n = CUDA_MATRIX if device == "cuda" else CPU_MATRIX
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, device) / 1e12
+
+
+def memory_gb_per_s(device: str) -> float:
+    """Measured 1e9 bytes/s of a copy of 256 MB, read and write both counted; median of five."""
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    return moved / seconds(lambda: target.copy_(source), device) / 1e9
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Median wall-clock seconds of the work, after one warm-up."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return median(taken[1:])

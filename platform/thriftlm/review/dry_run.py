@@ -1,0 +1,57 @@
+"""What a search would do, without doing it: points before and after the rules, and budgets."""
+
+from typing import Any
+
+from rich.console import Console
+
+from thriftlm.search.space import Space
+
+
+def describe_space(space: Space) -> dict[str, Any]:
+    """Points of a space, what removes some, and its budgets."""
+    counts = space.count()
+    search = space.search
+    return {
+        "name": space.name,
+        "points": counts.size,
+        "looked_at": counts.total,
+        "sampled": counts.sampled,
+        "valid": counts.valid,
+        "distinct": counts.distinct,
+        "rejected": counts.rejected,
+        "varied": list(space.domains),
+        "algorithm": search.algorithm,
+        "scheduler": space.scheduler,
+        "rungs_tokens": list(search.fidelity.rungs) if space.scheduler == "asha" else [],
+        "max_tokens": search.fidelity.max_tokens,
+        "objective": space.objective_name,
+        "training_budget": space.training_budget.model_dump(),
+        "search_budget": space.search_budget.model_dump(),
+        "warnings": space.warnings(),
+    }
+
+
+def show_space(found: dict[str, Any]) -> None:
+    """Print what `describe_space` found."""
+    console = Console(highlight=False)
+    points = "continuous" if found["points"] is None else f"{found['points']:,} points"
+    how = "drawn at random" if found["sampled"] else "all of them"
+    console.print(f"[bold]{found['name']}[/]  {points}, {len(found['varied'])} fields vary")
+    console.print(
+        f"  looked at {found['looked_at']:,} ({how}): {found['valid']:,} valid, "
+        f"{found['distinct']:,} distinct"
+    )
+    for reason, number in found["rejected"].items():
+        console.print(f"  {number:>8,} removed: {reason}", soft_wrap=True)
+    rungs = ", ".join(f"{rung:,}" for rung in found["rungs_tokens"])
+    console.print(
+        f"  {found['algorithm']} search, {found['scheduler']}"
+        + (f" at {rungs} tokens" if rungs else "")
+        + f", at most {found['max_tokens']:,} tokens a trial, objective {found['objective']}"
+    )
+    for kind in ("search_budget", "training_budget"):
+        limits = ", ".join(f"{v:g} {k}" for k, v in found[kind].items() if v is not None)
+        console.print(f"  {kind.replace('_', ' ')}: {limits}")
+    console.print("  what fits in memory and the predicted spend: not built yet")
+    for warning in found["warnings"]:
+        console.print(f"  [yellow]warning: {warning}[/]", soft_wrap=True)

@@ -6,6 +6,7 @@ system out, `trial_id` has it.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -46,6 +47,9 @@ NOT_YET: dict[str, str] = {
     "efficient": "attention kernel efficient is not built yet; use math or flash",
 }
 """Values the design names that this version refuses, each with the way out."""
+
+
+BUILT_IN_CORPORA = ("python-stdlib",)
 
 
 class InputError(Exception):
@@ -108,6 +112,18 @@ class DataSpec(Spec):
         if value.startswith("hf://"):
             raise ValueError("hf:// corpora are not built yet; use text or JSONL files by path")
         return value
+
+    def anchored(self, folder: Path) -> "DataSpec":
+        """The same data with relative paths taken from `folder`: workers have folders of their own.
+
+        Built-in corpora, `bpe:N` and hub names stay as they are.
+        """
+        found = {}
+        if self.corpus not in BUILT_IN_CORPORA:
+            found["corpus"] = str(folder / self.corpus)
+        if self.tokenizer.endswith(".json"):
+            found["tokenizer"] = str(folder / self.tokenizer)
+        return self.model_copy(update=found) if found else self
 
     @property
     def bpe_vocab(self) -> int | None:

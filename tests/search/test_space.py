@@ -438,3 +438,12 @@ def test_optuna_draws_within_the_domain(given):
             assert domain.low <= value <= domain.high
         else:
             assert any(value == v or value == pytest.approx(v) for v in domain.values)
+
+
+def test_relative_paths_are_taken_from_where_the_search_was_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = load_space("quickstart", ["data.corpus=texts/*.txt"])
+    (data,) = space.data_specs()
+    assert data.corpus == str(tmp_path / "texts/*.txt")
+    (data,) = load_space("quickstart").data_specs()
+    assert data.corpus == "python-stdlib"

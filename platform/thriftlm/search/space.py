@@ -64,6 +64,7 @@ class Space:
 
     def __init__(self, config: ConfigFile) -> None:
         self.config = config
+        self.anchor = Path.cwd()
         file = config.parse(SpaceFile)
         self.name = file.name
         self.training_budget = file.training_budget
@@ -95,7 +96,8 @@ class Space:
 
     def data_specs(self) -> Iterator[DataSpec]:
         """The different data of the space's runs."""
-        return cast(Iterator[DataSpec], self._sections["data"].specs())
+        specs = cast(Iterator[DataSpec], self._sections["data"].specs())
+        return (data.anchored(self.anchor) for data in specs)
 
     def systems(self) -> Iterator[SystemSpec]:
         """The different systems of the space's runs."""
@@ -107,7 +109,7 @@ class Space:
         data = self._sections["data"].build(values["data"])
         if isinstance(data, Rejected):
             return data
-        data = cast(DataSpec, data)
+        data = cast(DataSpec, data).anchored(self.anchor)
         try:
             vocab = data.bpe_vocab if self._vocab_follows else None
         except ValueError as error:

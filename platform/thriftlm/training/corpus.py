@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-from thriftlm.spec import InputError
+from thriftlm.spec import BUILT_IN_CORPORA, InputError
 
 SplitName = Literal["train", "validation"]
 
@@ -148,7 +148,7 @@ def split(text: str, facts: Survey, validation_fraction: float) -> Iterator[tupl
 
 def _sources(corpus: str) -> tuple[list[Source], bool]:
     """The files of a corpus in order of name, and whether undecodable ones are left out."""
-    if corpus == "python-stdlib":
+    if corpus in BUILT_IN_CORPORA:
         root = Path(sysconfig.get_path("stdlib"))
         return _below(root, STDLIB_SUFFIXES, STDLIB_SKIPPED), True
     path = Path(corpus).expanduser()
@@ -159,7 +159,7 @@ def _sources(corpus: str) -> tuple[list[Source], bool]:
         return found or _nothing(f"data.corpus '{corpus}' is a folder without text files"), False
     if glob.has_magic(corpus):
         return _matching(path) or _nothing(f"data.corpus '{corpus}' matches no file"), False
-    near = get_close_matches(corpus, ["python-stdlib"], n=1)
+    near = get_close_matches(corpus, BUILT_IN_CORPORA, n=1)
     hint = "; did you mean 'python-stdlib'?" if near else ""
     return _nothing(f"data.corpus '{corpus}' does not exist{hint}"), False
 

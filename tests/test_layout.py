@@ -62,7 +62,9 @@ def test_planning_and_specs_load_neither_torch_nor_ray_nor_mlflow():
 
 
 def test_training_loads_neither_ray_nor_mlflow():
-    heavy = python("import sys, thriftlm.training.loop; print({'ray', 'mlflow'} & set(sys.modules))")
+    heavy = python(
+        "import sys, thriftlm.training.loop; print({'ray', 'mlflow'} & set(sys.modules))"
+    )
     assert heavy == "set()"
 
 

@@ -15,17 +15,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", help="Override one value: space.model.n_layers=[8,12].")
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")
 ]
 StorageOption = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="Folder of searches, shards and tracking; $THRIFTLM_STORAGE, else ~/thriftlm.",
+        metavar="FOLDER",
+        help="Where searches, token shards and tracking live. Default: $THRIFTLM_STORAGE, else "
+        "~/thriftlm.",
     ),
 ]
+
+
+def overrides_like(example: str) -> Any:
+    """The `--set` option, with an example that fits the command's file."""
+    return typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Override one value of the file, as in {example}. May be given several times.",
+    )
 
 
 def main() -> None:
@@ -33,13 +43,30 @@ def main() -> None:
     from thriftlm.spec import InputError
 
     try:
-        app()
+        sys.exit(app(prog_name="thriftlm", standalone_mode=False))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        refuse(str(error))
+    except typer.TyperException as error:
+        refuse(usage_message(error))
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def refuse(message: str) -> None:
+    """Exit for bad input; an empty message says that help was printed instead."""
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def usage_message(error: typer.TyperException) -> str:
+    """What is wrong with the command line, in one line that names the help to read."""
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if not message or context is None:
+        return message
+    return f"{message[0].lower()}{message[1:]}; see {context.command_path} --help"
 
 
 def emit(value: Any) -> None:
@@ -49,23 +76,49 @@ def emit(value: Any) -> None:
 
 @app.command()
 def search(
-    space: Annotated[str, typer.Argument(help="A space file, or the name of a shipped one.")],
-    name: Annotated[str | None, typer.Option(help="Name of the search; the space's own.")] = None,
+    space: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPACE", help="A space file, or the name of a shipped one: `thriftlm spaces`."
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the search. Default: the name in the space file."
+        ),
+    ] = None,
     storage: StorageOption = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster; else $RAY_ADDRESS, else this machine.")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ray cluster to run on. Default: $RAY_ADDRESS, else this machine alone.",
+        ),
     ] = None,
     tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server; a database in the storage folder.")
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="MLflow server or database. Default: mlflow.db in the storage folder.",
+        ),
     ] = None,
-    overrides: Overrides = [],  # noqa: B006 (typer reads it, nobody writes it)
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a begun search.")] = False,
+    overrides: Annotated[list[str], overrides_like("space.model.n_layers=[8,12]")] = [],  # noqa: B006
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a search that was begun and interrupted.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count the points and show the budgets.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Count the points of the space, show the budgets, run nothing."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search a space for the best model and system."""
+    """Search a space for the model and system with the lowest loss for the dollars.
+
+    A finished search prints its answer again.
+    """
     from thriftlm.search.space import load_space
 
     found = load_space(space, overrides)
@@ -87,19 +140,19 @@ def search(
         tracking_uri=tracking_uri or place.tracking_uri,
         address=address,
         resume=resume,
+        overrides=tuple(overrides),
     )
     sys.exit(_hold(sitting, as_json))
 
 
 def _hold(sitting: Any, as_json: bool) -> int:
-    from rich.console import Console
-
     from thriftlm.review import session
     from thriftlm.review.live import LiveView
     from thriftlm.review.report import show
+    from thriftlm.review.tables import plain_console
 
-    console = Console(highlight=False, stderr=as_json)
-    console.print(f"storage  {sitting.folder}", soft_wrap=True)
+    console = plain_console(sys.stderr if as_json else sys.stdout)
+    console.print(f"storage {sitting.folder}", soft_wrap=True, markup=False)
     found = session.answered(sitting)
     if found is None:
         with LiveView(sitting.space) as view:
@@ -115,15 +168,23 @@ def _hold(sitting: Any, as_json: bool) -> int:
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Argument(help="A run file, such as the best.yaml of a search.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run file, such as the best.yaml of a search.")
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder of checkpoints; under the storage folder.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of checkpoints. Default: one in the storage folder."
+        ),
     ] = None,
     storage: StorageOption = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Annotated[list[str], overrides_like("optim.lr=0.002")] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Train one run, without Ray; go on where it stopped. Under torchrun with several workers."""
+    """Train one run, without Ray, and go on where it stopped.
+
+    Several workers are started by torchrun.
+    """
     from thriftlm.config_file import ConfigFile
     from thriftlm.review.single_run import train_alone
     from thriftlm.search.storage import storage as storage_at
@@ -144,7 +205,7 @@ def train(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the published shapes, with what they count."""
+    """List the published model shapes, with parameters and FLOPs per token."""
     from thriftlm.review.listings import model_rows, show_models
 
     rows = model_rows()
@@ -153,7 +214,7 @@ def models(as_json: Json = False) -> None:
 
 @app.command()
 def gpus(as_json: Json = False) -> None:
-    """List the hardware of the catalog, with its prices and their age."""
+    """List the hardware of the catalog, with prices and their age."""
     from thriftlm.review.listings import gpu_rows, show_gpus
 
     rows = gpu_rows()
@@ -162,7 +223,7 @@ def gpus(as_json: Json = False) -> None:
 
 @app.command()
 def spaces(as_json: Json = False) -> None:
-    """List the shipped search spaces."""
+    """List the shipped search spaces, with what they vary."""
     from thriftlm.review.listings import show_spaces, space_rows
 
     rows = space_rows()
@@ -171,7 +232,7 @@ def spaces(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(storage: StorageOption = None, as_json: Json = False) -> None:
-    """Show what this machine can run, and how fast its arithmetic and memory are."""
+    """Show what this machine can run, and measure its arithmetic and memory."""
     from thriftlm.review.doctor import examine, show_examination
     from thriftlm.search.storage import storage as storage_at
 
@@ -179,14 +240,26 @@ def doctor(storage: StorageOption = None, as_json: Json = False) -> None:
     emit(found) if as_json else show_examination(found)
 
 
-data = typer.Typer(help="Token shards: build them ahead, check their integrity.")
+data = typer.Typer(help="Build token shards ahead, or check their integrity.")
 app.add_typer(data, name="data")
 
 
 @data.command("build")
 def data_build(
-    corpus: Annotated[str, typer.Option(help="Built-in name, or path or glob.")] = "python-stdlib",
-    tokenizer: Annotated[str, typer.Option(help="bpe:N, a path or a hub name.")] = "bpe:4096",
+    corpus: Annotated[
+        str,
+        typer.Option(
+            metavar="CORPUS",
+            help="Built-in name (python-stdlib), or path or glob of text or JSONL.",
+        ),
+    ] = "python-stdlib",
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENIZER",
+            help="bpe:N (trained on the corpus), path of a tokenizer.json, or a hub name.",
+        ),
+    ] = "bpe:4096",
     storage: StorageOption = None,
     as_json: Json = False,
 ) -> None:
@@ -199,7 +272,9 @@ def data_build(
 
 
 @data.command("verify")
-def data_verify(folder: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
+def data_verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of shards.")],
+) -> None:
     """Compare every shard with its checksum."""
     from thriftlm.training.shards import Shards
 

@@ -1,12 +1,14 @@
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from thriftlm.review import tracking
+from thriftlm.review.mlflow_store import connect
 from thriftlm.review.tracking import MlflowWriter, rebuild
 from thriftlm.search.journal import (
     Allocated,
@@ -34,6 +36,8 @@ from thriftlm.spec import InputError, ModelSpec, Progress, RunSpec
 SPACE = {"name": "toy", "objective": "loss_at_budget", "space": {"optim": {"lr": [1e-3, 2e-3]}}}
 MODEL = ModelSpec(n_layers=2, d_model=64, n_heads=2, vocab=4096)
 T0 = 1_700_000_000.0
+MANY = 8
+"""Trials of a search that a server has to be told of again."""
 
 
 def run_spec(seed: int) -> RunSpec:
@@ -119,10 +123,26 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An empty MLflow database: its migrations take two seconds, once is enough."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+def first_use(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A database that a writer made in a folder that was missing, and all that it printed."""
+    path = tmp_path_factory.mktemp("empty") / "deep" / "er" / "mlflow.db"
+    code = (
+        "import sys; from thriftlm.review.tracking import MlflowWriter;"
+        "MlflowWriter(sys.argv[1], 'toy', print).close()"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return path, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def migrated(first_use: tuple[Path, str]) -> bytes:
+    """An empty MLflow database without experiments: its migrations take seconds, once is enough."""
+    path = first_use[0].with_name("copy.db")
+    with closing(sqlite3.connect(first_use[0])) as source, closing(sqlite3.connect(path)) as copy:
+        source.backup(copy)
+        copy.execute("delete from experiments where name = 'thriftlm'")
+        copy.commit()
     return path.read_bytes()
 
 
@@ -327,45 +347,60 @@ def test_a_journal_that_is_closed_already_loses_nothing(uri: str, tmp_path: Path
     assert runs(uri)["t0"].info.status == "FINISHED"
 
 
-# The server: a process with MLflow's own application, served by werkzeug; the command
-# `mlflow server` runs the same application and takes 19 s to start on two cores.
-SERVER = """
-import sys
-from mlflow.server import app
-from werkzeug.serving import run_simple
-run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=True)
-"""
+Server = Callable[[], None]
+"""Ends it at once."""
 
 
 @contextmanager
-def server(folder: Path, port: int, command: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    store, artifacts = f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts")
-    env = os.environ | {
-        "_MLFLOW_SERVER_FILE_STORE": store,
+def app_server(folder: Path, port: int) -> Iterator[Server]:
+    """MLflow's own application on a thread: the command takes 19 s to start on two cores."""
+    from mlflow.server import app
+    from werkzeug.serving import make_server
+
+    variables = {
+        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder / 'mlflow.db'}",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": artifacts,
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
     }
-    arguments = [sys.executable, "-c", SERVER, str(port)]
-    if command:
-        arguments = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        arguments += ["--backend-store-uri", store, "--artifacts-destination", artifacts]
-        arguments += ["--port", str(port)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        web = make_server("127.0.0.1", port, app, threaded=True)
+        thread = threading.Thread(target=web.serve_forever, args=(0.05,))
+        thread.start()
+
+        def end() -> None:
+            if thread.is_alive():
+                web.shutdown()
+                thread.join()
+                web.server_close()
+
+        try:
+            yield end
+        finally:
+            end()
+
+
+@contextmanager
+def command_server(folder: Path, port: int) -> Iterator[Server]:
+    """What a person starts: `mlflow server`, killed without warning."""
+    arguments = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    arguments += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    arguments += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port)]
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            arguments, env=env, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+
+    def end() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     try:
         wait_until(lambda: is_healthy(port), 90)
-        yield process
+        yield end
     finally:
-        kill(process)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        end()
 
 
 def is_healthy(port: int) -> bool:
@@ -384,36 +419,35 @@ def port() -> int:
 
 
 @pytest.mark.parametrize(
-    "command", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["app", "mlflow server"]
+    "server", [app_server, pytest.param(command_server, marks=pytest.mark.slow)]
 )
 def test_a_server_that_dies_and_comes_back(
-    command: bool,
+    server: Callable[[Path, int], AbstractContextManager[Server]],
     port: int,
     tmp_path: Path,
     migrated: bytes,
     *,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One writer is closed during the outage and rebuilt, the other lives through it."""
-    monkeypatch.setattr(tracking, "BACKOFF_SECONDS", 1.0)
+    caplog.set_level("WARNING", logger="thriftlm")
     (tmp_path / "mlflow.db").write_bytes(migrated)
     url = f"http://127.0.0.1:{port}"
     journal: list[Event] = []
     other = [suggested(50), allocated("t50", T0), reported("t50", 100_000, T0)]
 
-    with server(tmp_path, port, command) as process:
-        writer = MlflowWriter(url, "toy", journal.append)
-        survivor = MlflowWriter(url, "other", lambda event: None)
+    with server(tmp_path, port) as end:
+        writer = MlflowWriter(url, "toy", journal.append, backoff_seconds=0.5)
+        survivor = MlflowWriter(url, "other", lambda event: None, backoff_seconds=0.5)
         for event in [started(), *one_trial(0, T0)]:
             writer(event)
         for event in [started("other"), *other]:
             survivor(event)
         wait_until(lambda: len(runs(url, "toy")) == 2 and len(runs(url, "other")) == 2)
         wait_until(lambda: runs(url, "toy")["t0"].info.status == "FINISHED")
-        kill(process)
+        end()
 
-        later = [e for n in range(1, 40) for e in one_trial(n, T0 + 200 * n)]
+        later = [e for n in range(1, MANY) for e in one_trial(n, T0 + 200 * n)]
         began = time.perf_counter()
         for event in later:
             writer(event)
@@ -426,7 +460,7 @@ def test_a_server_that_dies_and_comes_back(
     assert "did not reach" in caplog.messages[-1]
     assert len(caplog.messages) == 3
 
-    with server(tmp_path, port, command):
+    with server(tmp_path, port):
         survivor(reported("t50", 300_000, T0 + 2))
         wait_until(lambda: len(steps(url, runs(url, "other")["t50"], "val_loss")) == 3)
         assert survivor.close() == 0
@@ -434,8 +468,8 @@ def test_a_server_that_dies_and_comes_back(
 
         rebuild([started(), *one_trial(0, T0), *later, *journal], url)
         found = runs(url, "toy")
-        assert len(found) == 41
-        for trial in ("t0", "t39"):
+        assert len(found) == MANY + 1
+        for trial in ("t0", f"t{MANY - 1}"):
             assert steps(url, found[trial], "val_loss") == [100_000, 200_000, 300_000, 400_000]
 
 
@@ -444,15 +478,14 @@ def test_a_refused_port_is_bad_input(port: int) -> None:
         MlflowWriter(f"http://127.0.0.1:{port}", "toy", lambda event: None)
 
 
-def test_a_server_that_hangs_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "CONNECT_SECONDS", 1.0)
+def test_a_server_that_hangs_is_bad_input() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
         began = time.perf_counter()
-        with pytest.raises(InputError, match="no answer within 1 s"):
-            MlflowWriter(f"http://me:secret@127.0.0.1:{port}", "toy", lambda event: None)
+        with pytest.raises(InputError, match=r"no answer within 0\.2 s"):
+            connect(f"http://me:secret@127.0.0.1:{port}", timeout_seconds=0.2)
         assert time.perf_counter() - began < 3
 
 
@@ -468,12 +501,8 @@ def test_an_unusable_uri_is_bad_input(uri: str) -> None:
         MlflowWriter(uri, "toy", lambda event: None)
 
 
-def test_nothing_is_printed(uri: str, tmp_path: Path) -> None:
+def test_nothing_is_printed(first_use: tuple[Path, str]) -> None:
     """MLflow's migrations and run links would land between the lines of the search."""
-    code = (
-        "import sys; from thriftlm.review.tracking import MlflowWriter;"
-        "MlflowWriter(sys.argv[1], 'toy', print).close()"
-    )
-    fresh = f"sqlite:///{tmp_path / 'deep' / 'er' / 'mlflow.db'}"
-    done = subprocess.run([sys.executable, "-c", code, fresh], capture_output=True, check=True)
-    assert (done.stdout, done.stderr) == (b"", b"")
+    path, printed = first_use
+    assert path.exists()
+    assert printed == ""

@@ -4,16 +4,17 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
+from rich.markup import escape
 
 from thriftlm import catalog
+from thriftlm.review.tables import plain_console
 from thriftlm.search.provenance import versions
 from thriftlm.search.storage import Storage
 from thriftlm_models.attention import available_kernels
@@ -52,14 +53,28 @@ def examine(storage: Storage) -> dict[str, Any]:
 
 def show_examination(found: dict[str, Any]) -> None:
     """Print what `examine` found."""
-    console = Console(highlight=False)
-    for name, value in found.items():
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{k} {v if v != [] else 'none'}" for k, v in value.items())
-        elif isinstance(value, list):
-            shown = ", ".join(map(str, value)) or "none"
-        console.print(f"[bold]{name.replace('_', ' '):<26}[/] {shown}", soft_wrap=True)
+    console = plain_console()
+    for name, value in findings(found):
+        console.print(f"[bold]{name:<11}[/] {escape(value)}", soft_wrap=True)
+
+
+def findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `examine` found, line by line."""
+    packages = dict(found["versions"])
+    commit, prices = packages.pop("git_commit"), packages.pop("price_snapshot")
+    yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items())
+    yield "git commit", commit or "none: not a checkout"
+    yield "prices", f"{prices}, {found['price_age_days']} days old"
+    yield "machine", found["machine"]
+    yield "host", f"{found['cpus']} CPUs, {found['memory_gb']:g} GB of memory"
+    yield "CUDA", ", ".join(found["cuda_devices"]) or "no device"
+    for where, kernels in found["attention"].items():
+        yield "attention", f"{where}: {', '.join(kernels) or 'no kernel runs'}"
+    yield "strategies", ", ".join(found["strategies"])
+    speeds = found["matmul_tflops_measured"]
+    yield "arithmetic", f"{', '.join(f'{k} {v:g}' for k, v in speeds.items())} TFLOP/s measured"
+    yield "memory", f"{found['memory_gb_per_s_measured']:g} GB/s measured"
+    yield "storage", f"{found['storage']}, {found['storage_free_gb']:g} GB free"
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:

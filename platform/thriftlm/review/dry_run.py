@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 
+from thriftlm.review.tables import plain_console
+from thriftlm.review.wording import limits
 from thriftlm.search.space import Space
 
 
@@ -33,7 +35,7 @@ def describe_space(space: Space) -> dict[str, Any]:
 
 def show_space(found: dict[str, Any]) -> None:
     """Print what `describe_space` found."""
-    console = Console(highlight=False)
+    console = plain_console()
     points = "continuous" if found["points"] is None else f"{found['points']:,} points"
     how = "drawn at random" if found["sampled"] else "all of them"
     console.print(f"[bold]{found['name']}[/]  {points}, {len(found['varied'])} fields vary")
@@ -42,16 +44,18 @@ def show_space(found: dict[str, Any]) -> None:
         f"{found['distinct']:,} distinct"
     )
     for reason, number in found["rejected"].items():
-        console.print(f"  {number:>8,} removed: {reason}", soft_wrap=True)
+        console.print(f"  {number:>8,} removed: {reason}", soft_wrap=True, markup=False)
     rungs = ", ".join(f"{rung:,}" for rung in found["rungs_tokens"])
+    varied = ", ".join(found["varied"])
+    console.print(f"  vary: {varied}", soft_wrap=True)
     console.print(
         f"  {found['algorithm']} search, {found['scheduler']}"
         + (f" at {rungs} tokens" if rungs else "")
-        + f", at most {found['max_tokens']:,} tokens a trial, objective {found['objective']}"
+        + f", at most {found['max_tokens']:,} tokens a trial, objective {found['objective']}",
+        soft_wrap=True,
     )
     for kind in ("search_budget", "training_budget"):
-        limits = ", ".join(f"{v:g} {k}" for k, v in found[kind].items() if v is not None)
-        console.print(f"  {kind.replace('_', ' ')}: {limits}")
+        console.print(f"  {kind.replace('_', ' ')}: {limits(found[kind])}")
     console.print("  what fits in memory and the predicted spend: not built yet")
     for warning in found["warnings"]:
-        console.print(f"  [yellow]warning: {warning}[/]", soft_wrap=True)
+        console.print(f"  [yellow]warning: {escape(warning)}[/]", soft_wrap=True)

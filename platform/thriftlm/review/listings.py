@@ -1,18 +1,19 @@
 """What there is: published shapes, hardware and prices, shipped spaces, token shards."""
 
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from thriftlm import catalog
 from thriftlm.config_file import space_files
+from thriftlm.review.tables import Column, fitted, plain_console
+from thriftlm.review.wording import limits, optional, usd
 from thriftlm.search.space import load_space
 from thriftlm.spec import DataSpec
 from thriftlm.training.shards import build
 from thriftlm_models.config import (
+    FLOP_FORMULA,
     ModelSpec,
     applied_params,
     flops_per_token,
@@ -44,17 +45,22 @@ def model_rows() -> list[dict[str, Any]]:
 
 def show_models(rows: list[dict[str, Any]]) -> None:
     """Print the presets."""
-    table = _table("model", "stored params", "applied params", "GFLOPs/token", right=3)
-    for row in rows:
-        table.add_row(
+    names = ("stored params", "applied params", "GFLOPs/token")
+    columns = [Column("model"), *(Column(name, is_number=True) for name in names)]
+    cells = [
+        [
             row["name"],
             f"{row['stored_params']:,}",
             f"{row['applied_params']:,}",
             f"{row['flops_per_token'] / 1e9:.2f}",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"[dim]training FLOPs by 6N+attn at {LISTED_SEQ_LEN} tokens[/]")
+        ]
+        for row in rows
+    ]
+    console = plain_console()
+    console.print(fitted(columns, cells, console.width))
+    console.print(
+        f"[dim]training FLOPs per token by {FLOP_FORMULA}, at {LISTED_SEQ_LEN:,} tokens[/]"
+    )
 
 
 def gpu_rows() -> list[dict[str, Any]]:
@@ -67,31 +73,37 @@ def gpu_rows() -> list[dict[str, Any]]:
 
 
 def show_gpus(rows: list[dict[str, Any]]) -> None:
-    """Print the hardware with the cheapest on-demand price of each cloud."""
-    table = _table("gpu", "bf16 TFLOP/s", "GiB", "GB/s", "USD/GPU-hour, cheapest of each cloud")
-    for row in rows:
-        numbers = (row["bf16_tflops"], row["memory_gib"], row["memory_gb_per_s"])
-        table.add_row(
+    """Print the hardware, with the cheapest on-demand USD per GPU-hour of each cloud."""
+    offers = {row["id"]: cheapest(row["prices"]) for row in rows}
+    clouds = sorted({cloud for lowest in offers.values() for cloud in lowest})
+    names = ("bf16 TFLOP/s", "GiB", "GB/s")
+    columns = [Column("gpu"), *(Column(name, is_number=True, dispensable=1) for name in names)]
+    columns += [Column(cloud, is_number=True) for cloud in clouds]
+    cells = [
+        [
             row["id"],
-            *("-" if number is None else f"{number:g}" for number in numbers),
-            cheapest(row["prices"]) or "no price",
-        )
-    console = Console(highlight=False)
-    console.print(table)
+            *(optional(row[key], "g") for key in ("bf16_tflops", "memory_gib", "memory_gb_per_s")),
+            *(usd(offers[row["id"]][c]) if c in offers[row["id"]] else "-" for c in clouds),
+        ]
+        for row in rows
+    ]
+    console = plain_console()
+    console.print(fitted(columns, cells, console.width))
     age = catalog.age_days(datetime.now(UTC).date())
-    console.print(f"[dim]prices {catalog.snapshot_id()}, {age} days old; cpu is per vCPU-hour[/]")
+    console.print("[dim]cheapest on-demand price per GPU-hour in each cloud; cpu per vCPU-hour[/]")
+    console.print(f"[dim]prices {catalog.snapshot_id()}, {age} days old[/]")
     if age > STALE_PRICE_DAYS:
         console.print(f"[yellow]warning: prices are over {STALE_PRICE_DAYS} days old[/]")
 
 
-def cheapest(offers: list[dict[str, Any]]) -> str:
-    """The lowest on-demand USD price of each cloud, in one line."""
+def cheapest(offers: list[dict[str, Any]]) -> dict[str, float]:
+    """The lowest on-demand USD per GPU-hour, by cloud."""
     lowest: dict[str, float] = {}
     for offer in offers:
         if offer["market"] == "on_demand" and not offer["normalised"]:
-            cloud, usd = offer["cloud"], offer["usd_per_gpu_hour"]
-            lowest[cloud] = min(usd, lowest.get(cloud, usd))
-    return "  ".join(f"{cloud} {usd:.3g}" for cloud, usd in sorted(lowest.items()))
+            cloud, price = offer["cloud"], offer["usd_per_gpu_hour"]
+            lowest[cloud] = min(price, lowest.get(cloud, price))
+    return lowest
 
 
 def space_rows() -> list[dict[str, Any]]:
@@ -113,16 +125,28 @@ def space_rows() -> list[dict[str, Any]]:
 
 def show_spaces(rows: list[dict[str, Any]]) -> None:
     """Print the spaces."""
-    table = _table("space", "varies", "file")
-    for row in rows:
-        varied = ", ".join(path.rpartition(".")[2] for path in row["varied"])
-        table.add_row(row["name"], varied, row["file"])
-    Console(highlight=False).print(table)
+    columns = [
+        Column("space"),
+        Column("search budget", dispensable=1),
+        Column("varies"),
+        Column("file", dispensable=2),
+    ]
+    cells = [
+        [
+            row["name"],
+            limits(row["search_budget"]),
+            ", ".join(path.rpartition(".")[2] for path in row["varied"]),
+            row["file"],
+        ]
+        for row in rows
+    ]
+    console = plain_console()
+    console.print(fitted(columns, cells, console.width))
 
 
 def build_shards(corpus: str, tokenizer: str, cache: Path) -> dict[str, Any]:
     """Build token shards; where they are and what they hold."""
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(sys.stderr)
     data = DataSpec(corpus=corpus, tokenizer=tokenizer)
     with console.status("reading") as status:
         shards = build(data, cache, lambda stage, done: status.update(f"{stage} {done:.0%}"))
@@ -133,10 +157,3 @@ def build_shards(corpus: str, tokenizer: str, cache: Path) -> dict[str, Any]:
         "vocab": shards.vocab,
         "bytes_per_token": round(shards.bytes_per_token("train"), 3),
     }
-
-
-def _table(*names: str, right: int = 0) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(names):
-        table.add_column(name, justify="right" if 0 < index <= right else "left", no_wrap=True)
-    return table

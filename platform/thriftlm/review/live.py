@@ -8,11 +8,20 @@ import sys
 import time
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from thriftlm.review.tables import Column, fitted, plain_console
+from thriftlm.review.wording import (
+    counted,
+    describe,
+    duration,
+    optional,
+    shortened,
+    usd,
+    why_ended,
+)
 from thriftlm.search.journal import (
     Allocated,
     Ended,
@@ -27,15 +36,24 @@ from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 
 SHOWN_TRIALS = 16
+COLUMNS = (
+    Column("trial", dispensable=1),
+    Column("status"),
+    Column("what", shorten=shortened, least=24),
+    Column("tokens", is_number=True, dispensable=3),
+    Column("loss", is_number=True),
+    Column("tok/s", is_number=True, dispensable=2),
+    Column("USD", is_number=True),
+)
 
 
 class LiveView:
     """Shows a search on `stream`; use as a context manager around it."""
 
-    def __init__(self, space: Space, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, space: Space, stream: TextIO | None = None) -> None:
         self.space = space
         self.state = SearchState()
-        self.console = Console(file=stream, highlight=False)
+        self.console = plain_console(stream or sys.stderr)
         self.live: Live | None = None
         self.staged = ""
 
@@ -65,7 +83,7 @@ class LiveView:
         if self.console.is_terminal:
             self._show_table()
         elif (line := self.line(event)) is not None:
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, soft_wrap=True, markup=False)
 
     def _show_table(self) -> None:
         if self.live is None:
@@ -84,68 +102,43 @@ class LiveView:
                 verb = "started" if isinstance(event, SearchStarted) else "resumed"
                 return f"search {verb}: {self.space.name}"
             case Allocated(trial_id=trial_id):
-                return f"{trial_id} start   {describe(self.state.trials[trial_id])}"
+                return f"{trial_id} start    {what(self.state.trials[trial_id])}"
             case Reported(trial_id=trial_id):
-                return f"{trial_id} {self.measured(self.state.trials[trial_id])}"
+                return f"{trial_id} report   {measured(self.state.trials[trial_id])}"
             case StopRequested(trial_id=trial_id, reason=reason):
-                return f"{trial_id} stop    {reason}"
+                return f"{trial_id} stop     {reason}"
             case Ended(trial_id=trial_id, status=status, reason=reason):
-                trial = self.state.trials[trial_id]
-                said = f" ({reason})" if reason else ""
-                return f"{trial_id} {status:<7} {usd(trial.usd(event.at))}{said}"
+                cost = usd(self.state.trials[trial_id].usd(event.at))
+                return f"{trial_id} {status:<8} {cost}{f' ({reason})' if reason else ''}"
             case SearchEnded(status=status, reason=reason):
                 return f"search {status}: {reason}"
         return None
 
-    def measured(self, trial: TrialState) -> str:
-        """Tokens, loss and speed of a trial so far."""
-        loss = f"{trial.loss:.4f}" if trial.loss is not None else "-"
-        rate = trial.tokens_per_s()
-        speed = f"{rate:,.0f} tok/s" if rate is not None else "-"
-        return f"report  {trial.tokens:>10,} tokens  loss {loss}  {speed}"
-
     def render(self) -> RenderableType:
         """The table and the line below it."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name, side in COLUMNS.items():
-            table.add_column(name, justify=side)  # type: ignore[arg-type]
+        now = time.time()
         trials = sorted(self.state.trials.values(), key=lambda t: (t.has_ended, -t.number))
-        for trial in trials[:SHOWN_TRIALS]:
-            table.add_row(*self.cells(trial))
+        rows = [cells(trial, now) for trial in trials[:SHOWN_TRIALS]]
         hidden = len(trials) - SHOWN_TRIALS
         more = [Text(f"... and {hidden} more that ended", style="dim")] if hidden > 0 else []
-        return Group(table, *more, Text(self.summary(), style="bold"))
+        table = fitted(COLUMNS, rows, self.console.width)
+        return Group(table, *more, Text(self.summary(now), style="bold"))
 
-    def cells(self, trial: TrialState) -> list[str]:
-        """A trial's row."""
-        status = trial.status or ("running" if trial.is_running else "waiting")
-        rate = trial.tokens_per_s()
-        share = trial.tokens / trial.run.tokens
-        return [
-            trial.trial_id,
-            "stopping" if status == "running" and trial.stop_reason else status,
-            describe(trial),
-            f"{trial.tokens:,} ({share:.0%})",
-            f"{trial.loss:.4f}" if trial.loss is not None else "-",
-            f"{rate:,.0f}" if rate is not None else "-",
-            usd(trial.usd(time.time())),
-        ]
-
-    def summary(self) -> str:
+    def summary(self, now: float) -> str:
         """Best so far, money and time left."""
-        now = time.time()
-        ended = [t for t in self.state.trials.values() if t.has_ended]
-        losses = [t.loss for t in self.state.trials.values() if t.loss is not None]
-        best = f"lowest loss so far {min(losses):.4f}" if losses else "no loss yet"
-        budget = self.space.search_budget
-        parts = [best, f"{usd(self.state.spent_usd(now))} spent"]
-        if budget.usd is not None:
-            parts.append(f"{usd(max(0.0, budget.usd - self.state.spent_usd(now)))} left")
+        trials, budget = self.state.trials.values(), self.space.search_budget
+        losses = [trial.loss for trial in trials if trial.loss is not None]
+        spent = self.state.spent_usd(now)
+        parts = [f"lowest loss {min(losses):.4f}" if losses else "no loss yet"]
         if budget.trials is not None:
-            parts.append(f"{len(ended)}/{budget.trials} trials")
+            ended = sum(trial.has_ended for trial in trials)
+            parts.append(f"{ended}/{budget.trials} trials")
+        parts.append(f"{usd(spent)} spent")
+        if budget.usd is not None:
+            parts.append(f"{usd(max(0.0, budget.usd - spent))} left")
         if (left := self.seconds_left(now)) is not None:
-            parts.append(f"about {minutes(left)} to go")
-        return "  ".join(parts)
+            parts.append(f"{duration(left)} to go")
+        return ", ".join(parts)
 
     def seconds_left(self, now: float) -> float | None:
         """Wall-clock seconds to the last trial at the pace so far; None before one has ended."""
@@ -156,39 +149,38 @@ class LiveView:
         return (trials - ended) * self.state.hours(now) * 3600 / ended
 
 
-COLUMNS = {
-    "trial": "left",
-    "status": "left",
-    "what": "left",
-    "tokens": "right",
-    "loss": "right",
-    "tok/s": "right",
-    "USD": "right",
-}
+def what(trial: TrialState) -> str:
+    """What sets the trial apart."""
+    return describe(trial.point, trial.run.system.strategy, trial.run.system.n_gpus)
 
 
-def describe(trial: TrialState) -> str:
-    """The varied fields of a trial in short: `n_layers=4 lr=0.003 ddp x2`."""
-    system = trial.run.system
-    said = {k: v for k, v in trial.point.items() if k not in SYSTEM_FIELDS}
-    fields = " ".join(f"{path.rpartition('.')[2]}={short(value)}" for path, value in said.items())
-    return f"{fields} {system.strategy} x{system.n_gpus}".strip()
+def measured(trial: TrialState) -> str:
+    """Tokens, loss and speed of a trial so far."""
+    loss = optional(trial.loss, ".4f")
+    return (
+        f"{trial.tokens:>12,} tokens  loss {loss}  {optional(trial.tokens_per_s(), ',.0f')} tok/s"
+    )
 
 
-SYSTEM_FIELDS = ("system.strategy", "system.n_gpus")
+def progress(trial: TrialState) -> str:
+    """Where a trial stands, and shortly why it ended or will end."""
+    if trial.status is not None:
+        return why_ended(trial.status, trial.reason)
+    if not trial.is_running:
+        return "waiting"
+    if trial.stop_reason is None:
+        return "running"
+    return why_ended("stopped", trial.stop_reason).replace("stopped", "stopping")
 
 
-def short(value: object) -> str:
-    """A value in a few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def usd(amount: float) -> str:
-    """Dollars with three significant digits at least, never in scientific notation."""
-    digits = 2 if amount >= 1 or amount == 0 else 6
-    return f"${amount:.{digits}f}"
-
-
-def minutes(seconds: float) -> str:
-    """A span in minutes and seconds."""
-    return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+def cells(trial: TrialState, now: float) -> list[str]:
+    """A trial's row."""
+    return [
+        trial.trial_id,
+        progress(trial),
+        what(trial),
+        f"{counted(trial.tokens)} {trial.tokens / trial.run.tokens:.0%}",
+        optional(trial.loss, ".4f"),
+        optional(trial.tokens_per_s(), ",.0f"),
+        usd(trial.usd(now)),
+    ]

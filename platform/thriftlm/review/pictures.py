@@ -13,27 +13,29 @@ from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
+
+from thriftlm.review.labels import (
+    DPI,
+    KEY_ROWS,
+    number,
+    number_in_column,
+    write_key,
+)
+from thriftlm.review.wording import counted, usd
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 """Okabe and Ito, Color Universal Design (2008): told apart with any colour vision."""
 FRONT, WINNER, DOMINATED = PALETTE[0], PALETTE[5], "#A6A6A6"
-SIZE_INCHES, DPI = (12.0, 7.0), 100
-KEY_ROWS = 13
-KEY_CHARACTERS = 44
-MEASURED = (
-    "Losses, tokens per second and dollars are measured; loss at budget is predicted from the "
-    "curves of the search, bars are its interval."
+SIZE_INCHES = (14.0, 7.0)
+PARETO_NOTE = (
+    "Dollars follow from measured speed; loss at budget is predicted from the curves of the "
+    "search, bars are its 90% interval, cut at the edge."
 )
-ROW_PIXELS = 17.0
-"""Height of a number."""
-NEAR_POINTS = 20.0
-"""Numbers further from their mark than this get a line to it."""
-BELOW_LEFT = tuple(225 + turn for turn in (0, 30, -30, 60, -60, 90, -90, 120, -120, 150, 180))
-"""Directions of a number from its mark in degrees, the first free one is taken: nothing lies below
-and left of a Pareto set."""
+CURVES_NOTE = (
+    "Filled marks are measured; open ones are predicted at the training budget, from all curves of "
+    "the search."
+)
 GROUP_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -77,11 +79,10 @@ class PictureCurve:
 
 
 Drawn = TypeVar("Drawn", PicturePoint, PictureCurve)
-Place = tuple[float, float]
 
 
 def pareto_picture(
-    points: Sequence[PicturePoint], path: Path, search: str, footnote: str = MEASURED
+    points: Sequence[PicturePoint], path: Path, search: str, footnote: str = PARETO_NOTE
 ) -> None:
     """A PNG of loss at budget against USD per billion tokens, the Pareto set joined and numbered.
 
@@ -108,14 +109,14 @@ def pareto_picture(
     shown = for_key(front)
     places = [(p.usd_per_btok, p.loss) for p in points]
     number(axes, [(p.usd_per_btok, p.loss) for p in shown], places)
-    key = [(p.label, f"{p.loss:.3f} nats, {price(p.usd_per_btok)}", p.is_winner) for p in shown]
-    write_key(figure, "Pareto set, cheapest first", key, len(front))
+    key = [(p.label, f"{p.loss:.3f} nats, {usd(p.usd_per_btok)}/Btok", p.is_winner) for p in shown]
+    write_key(figure, "Pareto set, cheapest first", key, len(front), WINNER)
     write_legend(axes)
     save(figure, path)
 
 
 def curves_picture(
-    curves: Sequence[PictureCurve], path: Path, search: str, footnote: str = MEASURED
+    curves: Sequence[PictureCurve], path: Path, search: str, footnote: str = CURVES_NOTE
 ) -> None:
     """A PNG of validation loss against tokens, one line a trial, coloured by group.
 
@@ -144,8 +145,8 @@ def curves_picture(
     best = sorted(curves, key=lambda c: c.predicted[1] if c.predicted else c.losses[-1])
     shown = for_key(best)
     number_in_column(axes, [curve_end(curve) for curve in shown])
-    key = [(c.label, f"{c.group}, {outcome(c)}", c.is_winner) for c in shown]
-    write_key(figure, "Trials, best first", key, len(best))
+    key = [(c.label, outcome(c), c.is_winner) for c in shown]
+    write_key(figure, "Trials, lowest loss first", key, len(best), WINNER)
     write_legend(axes)
     save(figure, path)
 
@@ -153,9 +154,9 @@ def curves_picture(
 def canvas(title: str, footnote: str) -> tuple[Figure, Axes]:
     """An empty figure with room for a key at its right, and its axes."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
-    axes = figure.add_axes((0.075, 0.125, 0.60, 0.735))
-    figure.text(0.075, 0.945, title, fontsize=16, fontweight="bold")
-    figure.text(0.075, 0.018, footnote, fontsize=9, color="#595959")
+    axes = figure.add_axes((0.065, 0.125, 0.515, 0.735))
+    figure.text(0.065, 0.945, title, fontsize=16, fontweight="bold")
+    figure.text(0.065, 0.018, footnote, fontsize=9, color="#595959")
     axes.grid(True, which="major", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -299,98 +300,6 @@ def for_key(items: Sequence[Drawn]) -> list[Drawn]:
     return shown[: KEY_ROWS - len(left_out)] + left_out
 
 
-def number(axes: Axes, places: Sequence[Place], marks: Sequence[Place]) -> list[Bbox]:
-    """Write 1, 2, 3, ... beside the places, clear of all marks; the boxes of the numbers.
-
-    Args:
-        axes: with its final limits.
-        places: what is numbered, in order.
-        marks: what must stay visible.
-    """
-    taken = [around(axes.transData.transform(mark), 18, 18) for mark in marks]
-    boxes = []
-    for i, place in enumerate(places, start=1):
-        mark = axes.transData.transform(place)
-        offset, box = free_place(axes, mark, 12 * len(str(i)), taken)
-        taken.append(box)
-        boxes.append(box)
-        write_number(axes, i, place, offset)
-    return boxes
-
-
-def number_in_column(axes: Axes, places: Sequence[Place]) -> list[Bbox]:
-    """Write 1, 2, 3, ... at the right end, as high as the places where possible; their boxes."""
-    pixels = [axes.transData.transform(place) for place in places]
-    order = sorted(range(len(places)), key=lambda i: float(pixels[i][1]))
-    heights = [float(pixels[i][1]) for i in order]
-    for i in range(1, len(order)):
-        heights[i] = max(heights[i], heights[i - 1] + ROW_PIXELS)
-    ceiling = axes.bbox.y1 - ROW_PIXELS / 2
-    for i in reversed(range(len(order))):
-        heights[i] = min(heights[i], ceiling - (len(order) - 1 - i) * ROW_PIXELS)
-    x = axes.bbox.x1 - ROW_PIXELS
-    for i, y in zip(order, heights, strict=True):
-        offset = (x - pixels[i][0]) * 72 / DPI, (y - pixels[i][1]) * 72 / DPI
-        write_number(axes, i + 1, places[i], offset)
-    return [around((x, y), 24, ROW_PIXELS) for y in heights]
-
-
-def write_number(axes: Axes, i: int, place: Place, offset: Place) -> None:
-    """Write a number at an offset in points from its place, with a line where that is far."""
-    line = {"arrowstyle": "-", "color": "#8C8C8C", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
-    axes.annotate(
-        str(i),
-        place,
-        xytext=offset,
-        textcoords="offset points",
-        ha="center",
-        va="center",
-        fontsize=12,
-        fontweight="bold",
-        zorder=7,
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-        arrowprops=line if math.hypot(*offset) > NEAR_POINTS else None,
-    )
-
-
-def free_place(axes: Axes, mark: Any, width: float, taken: Sequence[Bbox]) -> tuple[Place, Bbox]:
-    """Offset in points from the mark and box in pixels of a number that covers nothing.
-
-    Where all places near the mark are taken it is the last one that was tried.
-    """
-    for radius in (15, 22, 30, 40, 52, 66, 82):
-        for angle in map(math.radians, BELOW_LEFT):
-            offset = (radius * math.cos(angle), radius * math.sin(angle))
-            centre = (mark[0] + offset[0] * DPI / 72, mark[1] + offset[1] * DPI / 72)
-            box = around(centre, width, ROW_PIXELS)
-            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            if inside and not any(box.overlaps(other) for other in taken):
-                return offset, box
-    return offset, box
-
-
-def around(centre: Any, width: float, height: float) -> Bbox:
-    """A box in pixels."""
-    return Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)
-
-
-def write_key(
-    figure: Figure, title: str, rows: Sequence[tuple[str, str, bool]], total: int
-) -> None:
-    """Number, label and figures of each row, at the right of the axes."""
-    top, step = 0.845, 0.056
-    figure.text(0.70, top, title, fontsize=12, fontweight="bold")
-    for i, (label, detail, is_winner) in enumerate(rows, start=1):
-        y = top - i * step
-        colour = WINNER if is_winner else "black"
-        figure.text(0.722, y, str(i), fontsize=10, fontweight="bold", color=colour, ha="right")
-        figure.text(0.732, y, shortened(label), fontsize=10, color=colour)
-        figure.text(0.732, y - 0.022, detail, fontsize=9, color="#595959")
-    if total > len(rows):
-        more, y = f"and {total - len(rows)} more", top - (len(rows) + 1) * step
-        figure.text(0.732, y, more, fontsize=9, color="#595959")
-
-
 def write_legend(axes: Axes) -> None:
     """What the marks mean, above the axes, where it covers nothing."""
     count = len(axes.get_legend_handles_labels()[0])
@@ -405,27 +314,9 @@ def write_legend(axes: Axes) -> None:
     )
 
 
-def shortened(label: str) -> str:
-    """The label, cut where it would leave the picture."""
-    return label if len(label) <= KEY_CHARACTERS else label[: KEY_CHARACTERS - 3] + "..."
-
-
 def dollars(value: float) -> str:
     """USD with three significant digits, as on an axis."""
     return f"${value:,.0f}" if value >= 100 else f"${float(f'{value:.3g}'):g}"
-
-
-def price(value: float) -> str:
-    """USD per billion tokens, as in a table."""
-    return f"${value:,.2f}/Btok" if 1 <= value < 100 else f"{dollars(value)}/Btok"
-
-
-def counted(value: float) -> str:
-    """A count with k, M, B or T."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{float(f'{value / unit:.3g}'):g}{name}"
-    return f"{value:g}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,88 +1,132 @@
 """The answer of a search in the terminal: the winner, the Pareto set, the cost, what to do next."""
 
-from rich.console import Console
-from rich.table import Table
+import shlex
+from collections import Counter
+from collections.abc import Iterator
 
-from thriftlm.review.live import short, usd
+from rich.console import Console
+from rich.markup import escape
+
 from thriftlm.review.session import Sitting
+from thriftlm.review.tables import Column, fitted
+from thriftlm.review.wording import (
+    describe,
+    duration,
+    limits,
+    optional,
+    shortened,
+    usd,
+    why_ended,
+)
 from thriftlm.search.result import Best, SearchResult, TrialRow
 from thriftlm.search.space import Space
+
+COLUMNS = (
+    Column(""),
+    Column("trial"),
+    Column("status", dispensable=1),
+    Column("what", shorten=shortened, least=34),
+    Column("tokens", is_number=True, dispensable=3),
+    Column("loss", is_number=True, dispensable=2),
+    Column("at budget", is_number=True),
+    Column("tok/s", is_number=True, dispensable=4),
+    Column("USD", is_number=True),
+)
+NOTES = (
+    "* Pareto set: no other trial has both a lower loss and cheaper tokens",
+    "at budget: predicted loss when the training budget is spent",
+    "best first by a pessimistic prediction: what is uncertain counts against a trial",
+)
+BROKEN = ("failed", "oom", "diverged")
+"""Statuses whose reason is worth a line of its own."""
 
 
 def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
     """Print the answer."""
-    spent = f"{usd(result.spent_usd)} over {len(result.trials)} trials"
-    if result.budget_usd is not None:
-        spent += f", of {usd(result.budget_usd)}"
-    console.print(f"\n[bold]{result.search_id}[/] {result.status}: {result.reason}")
-    console.print(f"spent {spent}, {result.hours * 60:.1f} minutes")
+    console.print(f"\n[bold]{result.search_id}[/] {result.status}: {escape(result.reason)}")
+    cap = "" if result.budget_usd is None else f" of {usd(result.budget_usd)}"
+    spent = f"{usd(result.spent_usd)}{cap} in {duration(result.hours * 3600)}"
+    ends = Counter(why_ended(row.status, row.reason) for row in result.trials)
+    counts = ", ".join(f"{number} {end}" for end, number in ends.items())
+    console.print(f"{len(result.trials)} trials ({counts}), spent {spent}", soft_wrap=True)
     if result.best is None:
-        console.print("\nno trial gave a loss; what happened to each:")
-        for row in result.trials:
-            console.print(f"  {row.trial_id} {row.status}: {row.reason}", soft_wrap=True)
+        console.print("\nno trial gave a loss that can be scored")
     else:
         show_best(result.best, sitting.space, console)
-        show_trials(result, console)
+    show_trials(result, console)
     console.print()
-    for what, command in next_commands(result, sitting):
-        console.print(f"[dim]{what:<24}[/] {command}", soft_wrap=True)
+    for label, command in next_commands(result, sitting):
+        console.print(f"[dim]{label:<18}[/] {escape(command)}", soft_wrap=True)
 
 
 def show_best(best: Best, space: Space, console: Console) -> None:
     """Print the winner."""
-    budget = space.training_budget
-    money = [f"{usd(budget.usd)}"] if budget.usd is not None else []
-    money += [f"{budget.hours:g} hours"] if budget.hours is not None else []
     console.print(f"\n[bold green]best: {best.trial_id}[/]")
-    model, system = best.config["model"], best.config["system"]
-    console.print(
-        f"  model    {model['n_layers']} layers, sharing {model['sharing']} x{model['repeats']}, "
-        f"width {model['d_model']}, {model['n_heads']} heads, d_ff {model['d_ff']}, "
-        f"vocab {model['vocab']}"
+    for name, value in best_lines(best, space):
+        console.print(f"  {name:<8} {value}", soft_wrap=True, markup=False)
+
+
+def best_lines(best: Best, space: Space) -> Iterator[tuple[str, str]]:
+    """The winner, aspect by aspect."""
+    model, optim, system = (best.config[name] for name in ("model", "optim", "system"))
+    shared = f", sharing {model['sharing']} x{model['repeats']}" if model["repeats"] > 1 else ""
+    yield (
+        "model",
+        f"{model['n_layers']} layers{shared}, width {model['d_model']}, {model['n_heads']} heads, "
+        f"d_ff {model['d_ff']}, vocab {model['vocab']}",
     )
-    optim = best.config["optim"]
-    console.print(f"  optim    lr {optim['lr']:.3g}, batch {optim['batch_tokens']:,} tokens")
-    console.print(
-        f"  system   {system['n_gpus']} x {system['gpu']}, {system['strategy']}, "
-        f"micro batch {system['micro_batch']}, {system['attention']}, {system['precision']}"
+    yield "optim", f"lr {optim['lr']:.3g}, batch {optim['batch_tokens']:,} tokens"
+    yield (
+        "system",
+        f"{system['n_gpus']} x {system['gpu']}, {system['strategy']}, micro batch "
+        f"{system['micro_batch']}, attention {system['attention']}, {system['precision']}",
     )
-    console.print(
-        f"  loss     {best.loss_at_budget:.3f} nats/token predicted for a training budget of "
-        f"{' and '.join(money)} (90% interval {best.low:.3f} to {best.high:.3f})",
-        soft_wrap=True,
+    yield (
+        "loss",
+        f"{best.loss_at_budget:.3f} nats/token predicted for a training budget of "
+        f"{limits(space.training_budget.model_dump())} (90% interval {best.low:.3f} to "
+        f"{best.high:.3f})",
     )
     if best.tokens_at_budget is not None and best.extrapolation is not None:
-        console.print(
-            f"  tokens   {best.tokens_at_budget:,.0f} at budget, {best.extrapolation:.0f}x further "
-            "than any trial went: train it to believe it",
-            soft_wrap=True,
-        )
+        yield "tokens", reach(best.tokens_at_budget, best.extrapolation)
+    if best.usd_per_btok is not None:
+        yield "cost", f"{usd(best.usd_per_btok)} per billion tokens"
+
+
+def reach(tokens: float, extrapolation: float) -> str:
+    """Tokens at budget, and how far they lie beyond what was measured."""
+    bought = f"{tokens:,.0f} at budget"
+    if extrapolation <= 1:
+        return f"{bought}, no more than were trained"
+    return f"{bought}, {extrapolation:.3g}x what it was trained for: train it to believe it"
 
 
 def show_trials(result: SearchResult, console: Console) -> None:
     """Print all trials, the Pareto set of loss at budget against dollars per token marked."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    names = ("", "trial", "status", "what", "tokens", "loss", "loss at budget", "tok/s", "USD")
-    for name in names:
-        table.add_column(name, justify="right" if name in names[4:] else "left")
-    for row in result.trials:
-        table.add_row("*" if row.trial_id in result.pareto else "", *cells(row))
+    rows = [cells(row, row.trial_id in result.pareto) for row in result.trials]
     console.print()
-    console.print(table)
-    console.print("[dim]* Pareto set: no other trial has both a lower loss and cheaper tokens[/]")
+    console.print(fitted(COLUMNS, rows, console.width))
+    if result.pareto:
+        for note in NOTES:
+            console.print(f"[dim]{note}[/]")
+    for row in result.trials:
+        if row.status in BROKEN and row.reason:
+            said = f"{row.trial_id} {row.status}: {row.reason}"
+            console.print(said, soft_wrap=True, markup=False)
 
 
-def cells(row: TrialRow) -> list[str]:
+def cells(row: TrialRow, on_front: bool) -> list[str]:
     """A trial's cells."""
-    what = " ".join(f"{path.rpartition('.')[2]}={short(v)}" for path, v in row.point.items())
+    system = row.config["system"]
     return [
+        "*" if on_front else "",
         row.trial_id,
-        row.status,
-        what,
+        why_ended(row.status, row.reason),
+        describe(row.point, system["strategy"], system["n_gpus"]),
         f"{row.tokens:,}",
-        "-" if row.loss is None else f"{row.loss:.4f}",
-        "-" if row.loss_at_budget is None else f"{row.loss_at_budget:.3f}",
-        "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+        optional(row.loss, ".4f"),
+        optional(row.loss_at_budget, ".3f"),
+        optional(row.tokens_per_s, ",.0f"),
         usd(row.usd),
     ]
 
@@ -91,11 +135,30 @@ def next_commands(result: SearchResult, sitting: Sitting) -> list[tuple[str, str
     """What to do next, as label and exact command or path."""
     found, folder = [], sitting.folder
     if result.status == "interrupted":
-        command = f"thriftlm search {sitting.source} --name {sitting.name} --resume"
-        found.append(("go on", f"{command} --storage {sitting.storage.root}"))
+        found.append(("go on", resume_command(sitting)))
     if result.best is not None:
-        found.append(("train the winner", f"thriftlm train {folder / 'best.yaml'}"))
-        found.append(("picture", str(folder / "pareto.png")))
-    ui = f"mlflow ui --backend-store-uri {sitting.tracking_uri}"
-    found.append(("compare runs in MLflow", ui))
+        found.append(("train the winner", shlex.join(["thriftlm", "train", f"{folder}/best.yaml"])))
+    pictures = [folder / name for name in ("pareto.png", "curves.png")]
+    found += [("picture", str(path)) for path in pictures if path.exists()]
+    found.append(("compare in MLflow", mlflow_command(sitting.tracking_uri)))
     return found
+
+
+def resume_command(sitting: Sitting) -> str:
+    """The command that goes on with the search, with all that makes it the same search."""
+    command = ["thriftlm", "search", sitting.source, "--name", sitting.name, "--resume"]
+    command += ["--storage", str(sitting.storage.root)]
+    for override in sitting.overrides:
+        command += ["--set", override]
+    if sitting.address is not None:
+        command += ["--address", sitting.address]
+    if sitting.tracking_uri != sitting.storage.tracking_uri:
+        command += ["--tracking-uri", sitting.tracking_uri]
+    return shlex.join(command)
+
+
+def mlflow_command(tracking_uri: str) -> str:
+    """How to see the runs: a server is there already, a database needs one."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"open {tracking_uri}"
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])

@@ -1,9 +1,10 @@
 """One sitting of a search: what exists already, live view, tracking, answer and pictures."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from thriftlm.review.live import LiveView, describe
+from thriftlm.review.live import LiveView, what
 from thriftlm.review.pictures import PictureCurve, PicturePoint, curves_picture, pareto_picture
 from thriftlm.review.tracking import MlflowWriter
 from thriftlm.search import driver, result
@@ -11,7 +12,7 @@ from thriftlm.search.journal import Journal, read
 from thriftlm.search.objective import Score
 from thriftlm.search.result import SearchResult
 from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState
+from thriftlm.search.state import SearchState, TrialState
 from thriftlm.search.storage import Storage, writable
 from thriftlm.spec import InputError
 
@@ -25,9 +26,13 @@ class Sitting:
     """The space as it was given on the command line."""
     storage: Storage
     name: str
+    """Of the search: its folder in the storage and its parent run in MLflow."""
     tracking_uri: str
     address: str | None = None
+    """The Ray cluster; None for what the environment says, else this machine."""
     resume: bool = False
+    overrides: tuple[str, ...] = ()
+    """The `--set` of the command line, as they were given."""
 
     @property
     def folder(self) -> Path:
@@ -113,35 +118,43 @@ def draw(
     found: SearchResult, scores: dict[str, Score], state: SearchState, sitting: Sitting
 ) -> list[Path]:
     """Pictures of the Pareto set and of the curves; the files of the search's folder to keep."""
-    files = [sitting.folder / "results.json"]
+    names = ["results.json"]
     if found.best is None:
-        return files
+        return [sitting.folder / name for name in names]
+    names.append("best.yaml")
     winner = found.best.trial_id
-    points = [
-        PicturePoint(
-            label=describe(state.trials[trial_id]),
-            usd_per_btok=score.usd_per_btok,
-            loss=score.loss_at_budget,
-            low=score.low,
-            high=score.high,
-            on_front=score.pareto,
-            is_winner=trial_id == winner,
-        )
-        for trial_id, score in scores.items()
-        if score.usd_per_btok is not None
-    ]
-    curves = [
-        PictureCurve(
-            label=describe(trial),
-            group=trial.run.system.strategy,
-            tokens=[p.tokens for p in trial.curve if p.val_loss is not None],
-            losses=[p.val_loss for p in trial.curve if p.val_loss is not None],
-            is_winner=trial.trial_id == winner,
-        )
-        for trial in state.trials.values()
-    ]
-
-    if points:
+    points = [point(state.trials[key], score, winner) for key, score in scores.items()]
+    if any(math.isfinite(p.loss) and 0 < p.usd_per_btok < math.inf for p in points):
         pareto_picture(points, sitting.folder / "pareto.png", sitting.name)
-    curves_picture(curves, sitting.folder / "curves.png", sitting.name)
-    return [*files, *(sitting.folder / name for name in ("best.yaml", "pareto.png", "curves.png"))]
+        names.append("pareto.png")
+    curves = [curve(trial, scores.get(key), winner) for key, trial in state.trials.items()]
+    if any(math.isfinite(loss) for one in curves for loss in one.losses):
+        curves_picture(curves, sitting.folder / "curves.png", sitting.name)
+        names.append("curves.png")
+    return [sitting.folder / name for name in names]
+
+
+def point(trial: TrialState, score: Score, winner: str) -> PicturePoint:
+    """A trial's mark in the Pareto picture."""
+    return PicturePoint(
+        label=what(trial),
+        usd_per_btok=score.usd_per_btok,
+        loss=score.loss_at_budget,
+        low=score.low,
+        high=score.high,
+        on_front=score.pareto,
+        is_winner=trial.trial_id == winner,
+    )
+
+
+def curve(trial: TrialState, score: Score | None, winner: str) -> PictureCurve:
+    """A trial's line in the picture of curves, to its prediction where it has a score."""
+    measured = [(p.tokens, p.val_loss) for p in trial.curve if p.val_loss is not None]
+    return PictureCurve(
+        label=what(trial),
+        group=trial.run.system.strategy,
+        tokens=[tokens for tokens, _ in measured],
+        losses=[loss for _, loss in measured],
+        predicted=(score.tokens_at_budget, score.loss_at_budget) if score else None,
+        is_winner=trial.trial_id == winner,
+    )

@@ -4,39 +4,56 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from thriftlm import catalog
+from thriftlm.review.tables import plain_console
+from thriftlm.review.wording import optional, usd
+from thriftlm.search.storage import writable
 from thriftlm.spec import Measurement, Progress, RunSpec
 from thriftlm.training import checkpoint
-from thriftlm.training.loop import Decision, Report, train
+from thriftlm.training.loop import Decision, OutOfMemoryOnOneRankError, Report, train
 
 
 def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dict[str, Any] | None:
     """What `thriftlm train --json` prints; None on every rank but the first.
 
-    Goes on from the newest checkpoint in `output`. `usd` is what this process cost, from its start.
+    Goes on from the newest checkpoint in `output`. `usd` is what this start cost, not what earlier
+    ones did.
+
+    Raises:
+        InputError: `output` cannot be written; and what `train` raises.
     """
     begin = time.perf_counter()
     first = os.environ.get("RANK", "0") == "0"
-    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False, quiet=not first)
+    console = plain_console(sys.stderr if quiet else sys.stdout)
+    console.quiet = not first
+    if first:
+        writable(output)
     resume_from = checkpoint.latest(output)
     if resume_from is not None:
-        console.print(f"going on from {resume_from}", soft_wrap=True)
+        console.print(f"going on from {resume_from}", soft_wrap=True, markup=False)
     with stoppable(spec, console) as report:
-        measured = train(spec, report, cache=cache, output=output, resume_from=resume_from)
+        try:
+            measured = train(spec, report, cache=cache, output=output, resume_from=resume_from)
+        except OutOfMemoryOnOneRankError as error:
+            if not first:
+                raise SystemExit(f"error: {error}") from None  # torchrun then ends the others
+            measured = error.measured
+            report(measured.final, None)
     if not first:
         return None
-    usd = catalog.usd_per_hour(spec.system) * (time.perf_counter() - begin) / 3600
-    found = summary(measured, usd)
+    cost = catalog.usd_per_hour(spec.system) * (time.perf_counter() - begin) / 3600
+    found = summary(measured, cost)
     if not quiet:
-        for name, value in found.items():
-            console.print(f"{name:<14} {value}", soft_wrap=True)
+        for name, value in outcome(measured, cost):
+            console.print(f"{name:<14} {value}", soft_wrap=True, markup=False)
     return found
 
 
@@ -53,7 +70,7 @@ def stoppable(spec: RunSpec, console: Console) -> Iterator[Report]:
         console.print("stopping at the next report; once more to stop now")
 
     def report(progress: Progress, written: Path | None) -> Decision:
-        console.print(line(progress, spec), soft_wrap=True)
+        console.print(line(progress, spec), soft_wrap=True, markup=False)
         return Decision.STOP if asked else Decision.CONTINUE
 
     before = signal.signal(signal.SIGINT, on_signal)
@@ -68,8 +85,8 @@ def line(progress: Progress, spec: RunSpec) -> str:
     parts = [
         f"step {progress.step:>6,}/{spec.steps:,}",
         f"{progress.tokens:>13,} tokens",
-        f"train {number(progress.train_loss)}",
-        f"val {number(progress.val_loss)}",
+        f"train {optional(progress.train_loss, '.4f')}",
+        f"val {optional(progress.val_loss, '.4f')}",
     ]
     if progress.tokens_per_s is not None:
         parts.append(f"{progress.tokens_per_s:,.0f} tok/s per worker")
@@ -80,23 +97,37 @@ def line(progress: Progress, spec: RunSpec) -> str:
     return "  ".join(parts)
 
 
-def number(value: float | None) -> str:
-    """A loss, or a dash."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def summary(measured: Measurement, usd: float) -> dict[str, Any]:
-    """The end of a run in a few numbers."""
+def outcome(measured: Measurement, cost: float) -> Iterator[tuple[str, str]]:
+    """The end of a run, line by line."""
     last = measured.final
-    rates = sorted(p.tokens_per_s for p in measured.curve if p.tokens_per_s is not None)
+    yield "status", f"{last.status} {last.detail}".strip()
+    yield "tokens", f"{last.tokens:,}"
+    yield "training loss", f"{optional(last.train_loss, '.4f')} nats/token"
+    yield "validation", f"{optional(last.val_loss, '.4f')} nats/token"
+    rate = middle(p.tokens_per_s for p in measured.curve)
+    yield "speed", f"{optional(rate, ',.0f')} tok/s per worker"
+    yield "peak memory", f"{optional(last.peak_mem_gb, '.2f')} GB"
+    yield "cost", usd(cost)
+    yield "checkpoint", measured.checkpoint or "none"
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median of the values that were measured, None where none was."""
+    measured = [value for value in values if value is not None]
+    return median(measured) if measured else None
+
+
+def summary(measured: Measurement, cost: float) -> dict[str, Any]:
+    """What `--json` prints of a run; `usd` is `cost`."""
+    last = measured.final
     return {
         "status": last.status,
         "tokens": last.tokens,
         "train_loss": last.train_loss,
         "val_loss": last.val_loss,
-        "tokens_per_s": rates[len(rates) // 2] if rates else None,
-        "mfu": last.mfu,
+        "tokens_per_s": middle(p.tokens_per_s for p in measured.curve),
+        "mfu": middle(p.mfu for p in measured.curve),
         "peak_mem_gb": last.peak_mem_gb,
-        "usd": usd,
+        "usd": cost,
         "checkpoint": measured.checkpoint,
     }

@@ -283,7 +283,7 @@ class Progress(Spec):
     val_bits_per_byte: float | None = None
     """Validation loss in bits per byte of text: comparable across tokenizers."""
     decayed: bool = False
-    """Whether the learning rate has begun its decay."""
+    """Whether the learning rate is through at least half of its fall from the peak."""
     warming_up: bool = False
     """Whether the learning rate is still warming up."""
     tokens_per_s: float | None = None

@@ -1,7 +1,8 @@
 """Checkpoints on disk: whole or not there.
 
 A checkpoint is written beside its final name and renamed when every rank is done, so that a folder
-named `step_...` is always complete.
+named `step_...` without a suffix is always complete. One with a suffix is what a kill left, and
+the next save removes it.
 """
 
 import shutil
@@ -12,6 +13,7 @@ from pydantic import NonNegativeInt
 from thriftlm.spec import InputError, Progress, RunSpec, Spec
 from thriftlm.training.engine import Engine
 from thriftlm.training.ranks import Ranks
+from thriftlm.training.shard_files import sync, write_synced
 
 KEPT = 2
 STATE = "state.json"
@@ -33,24 +35,32 @@ def save(folder: Path, engine: Engine, ranks: Ranks, state: RunState) -> Path:
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
     if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in folder.glob("step_*.*"):
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     ranks.barrier()
     engine.save(partial)
     ranks.barrier()
     if ranks.rank == 0:
-        (partial / STATE).write_text(state.model_dump_json())
-        shutil.rmtree(final, ignore_errors=True)
+        write_synced(partial / STATE, state.model_dump_json())
+        if final.exists():
+            remove(final)
         partial.rename(final)
+        sync(folder)
         for old in complete(folder)[:-KEPT]:
-            shutil.rmtree(old)
+            remove(old)
     ranks.barrier()
     return final
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint: first its name, so that it is never found in pieces."""
+    shutil.rmtree(path.rename(path.with_suffix(".removed")))
+
+
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial")
+    return sorted(path for path in folder.glob("step_*") if not path.suffix)
 
 
 def latest(folder: Path) -> Path | None:
@@ -97,6 +107,6 @@ def read_state(folder: Path) -> RunState:
 
 def _layout(run: RunSpec) -> str:
     # torch's distributed checkpoints are read at any world size; DeepSpeed's only at their own.
-    if run.system.strategy.startswith("zero"):
+    if run.system.strategy.startswith("zero") and run.system.n_gpus > 1:
         return f"{run.system.strategy} on {run.system.n_gpus} workers"
     return "torch"

@@ -5,6 +5,7 @@ what each rank holds. Every strategy starts from the same weights, so that all o
 losses of the single process.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thriftlm.spec import OptimSpec, RunSpec
+from thriftlm.spec import InputError, OptimSpec, RunSpec
 from thriftlm.training.ranks import Ranks
 from thriftlm_models.attention import check_kernel
 from thriftlm_models.decoder import Decoder
@@ -32,8 +33,8 @@ class Engine(Protocol):
     def loss(self, batch: Tensor) -> Tensor:
         """Mean loss of sequences (B, T+1): the first T tokens predict the last T."""
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`, one of several of a step; `last` closes the step."""
+    def accumulate(self, batch: Tensor, *, last: bool) -> Tensor:
+        """The loss of one micro-batch of a step, its gradient added; `last` closes the step."""
 
     def step(self, lr: float) -> float:
         """Clip, update, clear the gradients; the global gradient norm before clipping."""
@@ -51,15 +52,20 @@ class Engine(Protocol):
 def build_engine(spec: RunSpec, ranks: Ranks) -> Engine:
     """The engine of the run's strategy, with freshly initialised weights.
 
+    One worker has nobody to share with: whatever its strategy is called, it trains as `single`.
+
     Raises:
-        ValueError: the attention kernel cannot run on this device; lists those that can.
+        InputError: the attention kernel cannot run on this device; lists those that can.
     """
     dtype = torch.float32 if spec.system.precision == "fp32" else torch.bfloat16
-    check_kernel(spec.system.attention, ranks.device.type, dtype)
+    try:
+        check_kernel(spec.system.attention, ranks.device.type, dtype, spec.model.head_dim)
+    except ValueError as error:
+        raise InputError(f"system.attention: {error}") from error
     model = Decoder(spec.model, spec.system.attention)
     model.init_weights(spec.seed)
     model.to(ranks.device)
-    if spec.system.strategy.startswith("zero"):
+    if ranks.world_size > 1 and spec.system.strategy.startswith("zero"):
         from thriftlm.training.zero import ZeroEngine  # imports deepspeed: seconds
 
         return ZeroEngine(model, spec, ranks)
@@ -72,7 +78,7 @@ class TorchEngine:
     def __init__(self, model: Decoder, spec: RunSpec, ranks: Ranks) -> None:
         self.spec = spec
         self.device = ranks.device
-        self.module = spread(model, spec)
+        self.module = spread(model, spec) if ranks.world_size > 1 else model
         self.optimizer = adamw(self.module, spec.optim)
         # FSDP2 casts by its own policy; elsewhere autocast does.
         self.autocast = spec.system.precision == "amp_bf16" and not isinstance(
@@ -85,12 +91,15 @@ class TorchEngine:
             loss: Tensor = self.module(batch[:, :-1], batch[:, 1:])
         return loss
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; DDP reduces once, after the last of a step."""
+    def accumulate(self, batch: Tensor, *, last: bool) -> Tensor:
+        """The loss, its gradient added; DDP reduces once, with the last of a step."""
         module = self.module
         ddp = module if isinstance(module, DistributedDataParallel) and not last else None
+        # Around the forward pass too: there DDP decides whether the backward pass reduces.
         with ddp.no_sync() if ddp is not None else nullcontext():
+            loss = self.loss(batch)
             torch.autograd.backward(loss / self.spec.grad_accum)
+        return loss.detach()
 
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the norm before clipping."""
@@ -113,32 +122,39 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         """Write with torch's distributed checkpoint: readable at any world size."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
-        save_checkpoint(
-            {"model": model, "optimizer": optimizer},
-            checkpoint_id=folder,
-            no_dist=not dist.is_initialized(),
-        )
+        with without_group_warning():
+            save_checkpoint(
+                {"model": model, "optimizer": optimizer},
+                checkpoint_id=folder,
+                no_dist=not dist.is_initialized(),
+            )
 
     def load(self, folder: Path) -> None:
         """Read into the present layout, whatever layout wrote it."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
-        load_checkpoint(
-            {"model": model, "optimizer": optimizer},
-            checkpoint_id=folder,
-            no_dist=not dist.is_initialized(),
-        )
+        with without_group_warning():
+            load_checkpoint(
+                {"model": model, "optimizer": optimizer},
+                checkpoint_id=folder,
+                no_dist=not dist.is_initialized(),
+            )
         set_state_dict(
             self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )
 
 
+@contextmanager
+def without_group_warning() -> Iterator[None]:
+    """A context without torch's warning that a single process writes a checkpoint alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def spread(model: Decoder, spec: RunSpec) -> nn.Module:
-    """The model laid out over the ranks; the root shard holds embedding, head and last norm."""
-    match spec.system.strategy:
-        case "single":
-            return model
-        case "ddp":
-            return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    """The model laid out over several ranks; the root shard holds embedding, head, last norm."""
+    if spec.system.strategy == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     reshard = spec.system.strategy == "fsdp_full"  # grad_op keeps the weights whole until backward
     policy = MixedPrecisionPolicy()
     if spec.system.precision == "amp_bf16":

@@ -10,21 +10,29 @@ from pathlib import Path
 import torch
 
 from thriftlm import catalog
-from thriftlm.spec import Measurement, Progress, RunSpec, Status
+from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
 from thriftlm.training import checkpoint
 from thriftlm.training.batches import Batches, validation_batches
 from thriftlm.training.engine import build_engine
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
-from thriftlm.training.shards import build
+from thriftlm.training.shards import Shards, build
 from thriftlm_models.config import FLOP_FORMULA, flops_per_token
 
 DIVERGED_NATS = 1.0
 """A training loss this far above the best report of its run, in nats, counts as divergence.
 
-Loss spikes that recover stay well under it; a run that passes it does not come back within the
-horizon of a trial. Ours, from runs of this package; not a published constant.
+Until there is a report, the loss of the untrained model stands in. Loss spikes that recover stay
+well under it; a run that passes it does not come back within the horizon of a trial. Ours, from
+runs of this package; not a published constant.
 """
+OUT_OF_MEMORY_SIGNS = (
+    "allocate memory",  # torch's CPU allocator
+    "std::bad_alloc",  # the rest of its C++
+    "CUDA error: out of memory",  # the driver, outside of torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What plain RuntimeErrors of torch say when memory ran out."""
 
 
 class Decision(Enum):
@@ -40,6 +48,10 @@ Report = Callable[[Progress, Path | None], Decision]
 
 class OutOfMemoryOnOneRankError(Exception):
     """This rank ran out of memory while the others wait for it: the launcher must end them."""
+
+    def __init__(self, measured: Measurement) -> None:
+        super().__init__(measured.final.detail)
+        self.measured = measured
 
 
 def train(
@@ -57,7 +69,8 @@ def train(
         resume_from: a checkpoint to go on from.
 
     Raises:
-        InputError: wrong number of processes, no such GPU, bad corpus, foreign checkpoint.
+        InputError: wrong number of processes, no such GPU, bad corpus, vocabulary smaller than the
+            tokenizer's, attention kernel that cannot run here, foreign checkpoint.
         OutOfMemoryOnOneRankError: out of memory in a run of several ranks.
     """
     with joined(spec.system) as ranks:
@@ -69,9 +82,11 @@ def train(
             if not is_out_of_memory(error):
                 raise
             reason = f"out of memory on rank {ranks.rank}: {(str(error).splitlines() or [''])[0]}"
+            measured = run.out_of_memory(reason)
             if ranks.world_size > 1:
-                raise OutOfMemoryOnOneRankError(reason) from error
-            return run.out_of_memory(reason)
+                raise OutOfMemoryOnOneRankError(measured) from error
+            report(measured.final, None)
+            return measured
 
 
 class Run:
@@ -80,13 +95,16 @@ class Run:
     def __init__(self, spec: RunSpec, report: Report, ranks: Ranks, output: Path) -> None:
         self.spec, self.report, self.ranks, self.output = spec, report, ranks, output
         self.step = 0
+        self.first_step = 0  # of this process
         self.curve: list[Progress] = []
         self.saved: Path | None = None
+        self.saved_step = 0
 
     def set_up(self, cache: Path, resume_from: Path | None) -> None:
         """Data, weights and, when resuming, where the run had been."""
         spec, ranks = self.spec, self.ranks
         self.shards = build(spec.data, cache)
+        check_vocab(spec, self.shards)
         self.engine = build_engine(spec, ranks)
         self.batches = Batches(
             self.shards,
@@ -99,12 +117,20 @@ class Run:
         )
         if resume_from is not None:
             state = checkpoint.load(resume_from, self.engine, spec)
-            self.step, self.curve, self.saved = state.step, list(state.curve), resume_from
+            self.step = self.first_step = self.saved_step = state.step
+            self.curve, self.saved = list(state.curve), resume_from
 
     def go(self) -> Measurement:
-        """Train from the present step to the end, a stop or a failure."""
+        """Train from the present step to the end, a stop or a failure.
+
+        A resumed run first reports what it had measured before: whoever listens may have been
+        killed after the checkpoint and before hearing of it.
+        """
+        answers = [self.report(progress, self.saved) for progress in self.curve]
         if self.curve and self.curve[-1].status != "running":
             return self.measurement()
+        if self.ranks.any(Decision.STOP in answers):
+            return self.stop()
         report_steps = steps_of(self.spec.report_every_tokens, self.spec)
         while True:
             until = min(self.spec.steps, (self.step // report_steps + 1) * report_steps)
@@ -120,12 +146,13 @@ class Run:
 
     def stop(self) -> Measurement:
         """End early, as the answer to a report asked; what is trained so far is kept."""
-        self.save()
+        if self.saved_step < self.step:
+            self.save()
         self.curve[-1] = self.curve[-1].model_copy(update={"status": "stopped"})
         return self.measurement()
 
     def out_of_memory(self, reason: str) -> Measurement:
-        """End because memory ran out; the curve up to here stays."""
+        """What a run that ended because memory ran out gave; its curve up to here stays."""
         progress = Progress(
             status="oom",
             step=self.step,
@@ -133,24 +160,27 @@ class Run:
             detail=reason,
         )
         self.curve.append(progress)
-        self.report(progress, None)
         return self.measurement()
 
     def advance(self, until: int) -> Progress:
         """Train up to step `until` and measure."""
         losses: list[float] = []
-        norm, timed_steps, seconds = math.nan, 0, 0.0
-        while self.step < until:
-            warm = bool(losses) or bool(self.curve)  # the first step of a process pays set-up
+        norm, timed_steps, seconds = 0.0, 0, 0.0
+        # A gradient that is not finite ends the run: torch ruins the weights with it, DeepSpeed
+        # skips the step in silence. The norm is the same on all ranks.
+        while self.step < until and math.isfinite(norm):
+            is_warm = self.step > self.first_step  # the first step of a process pays set-up
             begin = self.clock()
             loss, norm = self.train_step()
             losses.append(loss)
-            if warm:
+            if is_warm:
                 seconds += self.clock() - begin
                 timed_steps += 1
-        train_loss = self.ranks.mean(sum(losses) / len(losses))[0]
-        diverged = self.ranks.any(not math.isfinite(train_loss) or self.is_far_above(train_loss))
+        train_loss, first_loss = self.ranks.mean(sum(losses) / len(losses), losses[0])
+        diverged = not math.isfinite(norm) or self.is_far_above(train_loss, first_loss)
         val_loss = None if diverged else self.validate()
+        if val_loss is not None and not math.isfinite(val_loss):
+            diverged, val_loss = True, None
         return self.progress(train_loss, val_loss, norm, timed_steps, seconds, diverged)
 
     def train_step(self) -> tuple[float, float]:
@@ -158,9 +188,8 @@ class Run:
         total = torch.zeros((), device=self.ranks.device)
         count = self.spec.grad_accum
         for index, batch in enumerate(self.batches.at(self.step), start=1):
-            loss = self.engine.loss(batch.to(self.ranks.device, non_blocking=True))
-            self.engine.backward(loss, last=index == count)
-            total += loss.detach()
+            on_device = batch.to(self.ranks.device, non_blocking=True)
+            total += self.engine.accumulate(on_device, last=index == count)
         norm = self.engine.step(learning_rate(self.spec.optim, self.step, self.spec.steps))
         self.step += 1
         return float(total) / count, norm
@@ -182,10 +211,16 @@ class Run:
         total, sequences = self.ranks.sum(total, count)
         return total / sequences
 
-    def is_far_above(self, loss: float) -> bool:
-        """Whether a loss lies `DIVERGED_NATS` above the best report of this run."""
-        past = [p.train_loss for p in self.curve if p.train_loss is not None]
-        return bool(past) and loss > min(past) + DIVERGED_NATS
+    def is_far_above(self, loss: float, first_loss: float) -> bool:
+        """Whether a loss lies `DIVERGED_NATS` above the best report of this run, or is not finite.
+
+        Before the first report, `first_loss` of the interval counts instead. Both are means over
+        the ranks, so that all of them come to the same answer.
+        """
+        best = min(
+            (p.train_loss for p in self.curve if p.train_loss is not None), default=first_loss
+        )
+        return not loss <= best + DIVERGED_NATS  # true of NaN
 
     def progress(
         self,
@@ -220,7 +255,7 @@ class Run:
             mfu_formula=FLOP_FORMULA,
             peak_mem_gb=peak_memory_gb(self.ranks.device),
             grad_norm=norm if math.isfinite(norm) else None,
-            detail="loss is not finite or far above its best" if diverged else "",
+            detail="loss or gradient not finite, or loss far above its best" if diverged else "",
         )
 
     def is_checkpoint_due(self, over: bool) -> bool:
@@ -230,13 +265,13 @@ class Run:
         every = self.spec.checkpoint_every_tokens
         if every is None:
             return False
-        previous = checkpoint.read_state(self.saved).step if self.saved else 0
-        return self.step - previous >= steps_of(every, self.spec)
+        return self.step - self.saved_step >= steps_of(every, self.spec)
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
         state = checkpoint.RunState(run=self.spec, step=self.step, curve=tuple(self.curve))
         self.saved = checkpoint.save(self.output, self.engine, self.ranks, state)
+        self.saved_step = self.step
         return self.saved
 
     def measurement(self) -> Measurement:
@@ -252,6 +287,19 @@ class Run:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def check_vocab(spec: RunSpec, shards: Shards) -> None:
+    """Nothing, where the model has a row for every id of the tokenizer.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    if spec.model.vocab < shards.vocab:
+        raise InputError(
+            f"model.vocab must hold the tokenizer: {spec.model.vocab} is below the {shards.vocab} "
+            f"of {spec.data.tokenizer}; set model.vocab to at least {shards.vocab}"
+        )
 
 
 def steps_of(tokens: int, spec: RunSpec) -> int:
@@ -285,4 +333,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that device or host memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "allocate memory" in str(error)  # torch's CPU allocator raises a plain RuntimeError
+    return any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from thriftlm import catalog
 from thriftlm.spec import InputError, SystemSpec
 
 
@@ -48,7 +49,8 @@ def joined(system: SystemSpec) -> Iterator[Ranks]:
     made and destroyed.
 
     Raises:
-        InputError: the number of processes is not `n_gpus`, or the GPU is not in this machine.
+        InputError: the number of processes is not `n_gpus`, no such GPU in the catalog, or none in
+            this machine.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != system.n_gpus:
@@ -59,7 +61,8 @@ def joined(system: SystemSpec) -> Iterator[Ranks]:
     device = _device(system)
     made = started > 1 and not dist.is_initialized()
     if made:
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        on_cpu = device.type == "cpu"
+        dist.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
     try:
         rank = dist.get_rank() if started > 1 else 0
         yield Ranks(rank, started, device)
@@ -69,7 +72,7 @@ def joined(system: SystemSpec) -> Iterator[Ranks]:
 
 
 def _device(system: SystemSpec) -> torch.device:
-    if system.gpu == "cpu":
+    if catalog.gpu(system.gpu).id == "cpu":
         torch.set_num_threads(system.cpus_per_worker)
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -4,6 +4,9 @@ import math
 
 from thriftlm.spec import OptimSpec
 
+ROUNDING = 1e-9
+"""More than floating-point error in a share of the run, less than a step."""
+
 
 def lr_fraction(optim: OptimSpec, progress: float) -> float:
     """Share of the peak learning rate when `progress` (0..1) of the run's tokens is done.
@@ -37,8 +40,11 @@ def is_warming_up(optim: OptimSpec, step: int, steps: int) -> bool:
 
 
 def has_decayed(optim: OptimSpec, step: int, steps: int) -> bool:
-    """Whether, after `step` steps, the learning rate is past half of its fall from the peak."""
+    """Whether, after `step` steps, the learning rate has done at least half of its fall.
+
+    Never where it does not fall, as with `constant`.
+    """
     if is_warming_up(optim, step, steps):
         return False
-    floor = optim.final_lr_fraction
-    return lr_fraction(optim, step / steps) < floor + 0.5 * (1 - floor)
+    fallen = 1 - lr_fraction(optim, step / steps)
+    return fallen > 0 and fallen >= 0.5 * (1 - optim.final_lr_fraction) - ROUNDING

@@ -43,7 +43,7 @@ class ZeroEngine:
             dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
         )
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, spec.optim), config=settings(spec)
+            model=model, optimizer=adamw(model, spec.optim), config=settings(spec, ranks)
         )
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -51,11 +51,13 @@ class ZeroEngine:
         loss: Tensor = self.engine(batch[:, :-1], batch[:, 1:])
         return loss
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; DeepSpeed divides by the number of micro-batches itself."""
+    def accumulate(self, batch: Tensor, *, last: bool) -> Tensor:
+        """The loss, its gradient added; DeepSpeed divides by the number of micro-batches itself."""
+        loss = self.loss(batch)
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # moves its micro-batch counter, updates nothing
+        return loss.detach()
 
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the norm before clipping."""
@@ -83,7 +85,23 @@ class ZeroEngine:
             raise FileNotFoundError(f"no ZeRO checkpoint in {folder}")
 
 
-def settings(spec: RunSpec) -> dict[str, Any]:
+def autocast(spec: RunSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration of bf16 arithmetic.
+
+    Gradients of "safe modules" (by default linear layers) are reduced in bf16, whatever
+    `communication_data_type` says. Stages 1 and 2 have none, and reduce in fp32 as DDP does. Stage
+    3 keeps the default, because its weights are gathered in that dtype too.
+    """
+    chosen: dict[str, Any] = {
+        "enabled": spec.system.precision == "amp_bf16",
+        "dtype": "bfloat16",
+    }
+    if STAGES[spec.system.strategy] < 3:
+        chosen["lower_precision_safe_modules"] = []
+    return chosen
+
+
+def settings(spec: RunSpec, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's configuration of the run, every default that matters written out."""
     return {
         "train_micro_batch_size_per_gpu": spec.system.micro_batch,
@@ -94,12 +112,12 @@ def settings(spec: RunSpec) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": spec.system.precision == "amp_bf16", "dtype": "bfloat16"},
+        "torch_autocast": autocast(spec),
         "zero_optimization": {
             "stage": STAGES[spec.system.strategy],
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "overlap_comm": spec.system.gpu != "cpu",
+            "overlap_comm": ranks.device.type != "cpu",
             "round_robin_gradients": False,
         },
         "zero_allow_untested_optimizer": True,

@@ -61,8 +61,11 @@ class DeskSearcher(Unpickled, Searcher):
                 return None
         board = self.common["board"]
         ray.get(board.clear.remote(answer.trial_id))
-        run = answer.run.model_dump_json()
-        return self.common | {"run": run, "trial_id": answer.trial_id}
+        return self.common | {
+            "run": answer.run.model_dump_json(),
+            "trial_id": answer.trial_id,
+            "known_tokens": answer.tokens,
+        }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

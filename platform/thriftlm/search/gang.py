@@ -38,8 +38,8 @@ def run_trial(config: dict[str, Any]) -> None:
     """The Tune function trial: runs the gang and reports how it ended.
 
     Args:
-        config: `run` (RunSpec as JSON), `trial_id`, `folder` (of the search), `cache` (of shards)
-            and `board` (the stop board).
+        config: `run` (RunSpec as JSON), `trial_id`, `known_tokens` (up to which the journal has its
+            curve), `folder` (of the search), `cache` (of shards) and `board` (the stop board).
     """
     os.environ.update(TRAIN_ENVIRONMENT)
     spec = RunSpec.model_validate_json(config["run"])

@@ -56,6 +56,8 @@ def train_on_worker(config: dict[str, Any]) -> str:
     rank = ray_train.get_context().get_world_rank()
 
     def report(progress: Progress, written: Path | None) -> Decision:
+        if progress.tokens <= config["known_tokens"]:
+            return Decision.CONTINUE  # a resumed run reports its whole curve again
         ray_train.report(
             {
                 "progress": progress.model_dump_json(),

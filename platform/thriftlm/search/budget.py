@@ -1,8 +1,9 @@
 """The hard cap of a search: what running trials may still cost is reserved before it is spent.
 
-Stops are cooperative and are seen at a report: a trial that is asked to stop ends at its next
-report, one that is not asked runs at least to the report after that. Both are reserved, so that
-booked spend passes the cap only where a trial ran slower than it had so far.
+Stops are cooperative: a trial polls for one as it hands a report in, before that report has been
+handled. So a trial that is asked to stop at one report ends at the next, and one that goes on runs
+at least to the report after that. Both are reserved, and booked spend passes the cap only where a
+trial turns out slower than it had been.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,6 @@ of the workers. Measured 1 to 4 s on two cores with Ray 2.60."""
 FIRST_REPORT_SECONDS = 60.0
 """From allocation to the first report, before any trial has shown it: 8 to 20 s of start-up
 measured on two cores, and training."""
-INTERVAL_SECONDS = 30.0
-"""Between two reports, before any trial has shown it."""
 
 
 @dataclass(frozen=True)
@@ -30,53 +29,57 @@ class Budget:
 
     def refusal(self, state: SearchState, now: float, *, usd_per_hour: float) -> str | None:
         """Why a new trial at this price cannot start now, None when it can."""
-        seconds = expected_first_report(state) + expected_interval(state) + STOP_SECONDS
-        return self._refusal(state, now, seconds, usd_per_hour)
+        seconds = 2 * expected_first_report(state) + STOP_SECONDS
+        needed_usd = usd_per_hour * seconds / 3600
+        return self._usd_passed(state, now, needed_usd) or self._hours_passed(state, now, seconds)
 
-    def stop_reason(self, state: SearchState, now: float) -> str | None:
-        """Why the trial that just reported must end at its next report, None when it may go on."""
-        return self._refusal(state, now, 0.0, 0.0)
+    def stop_reason(self, state: SearchState, trial: TrialState, now: float) -> str | None:
+        """Why a running trial must end at its next report, None when it may go on."""
+        seconds = reserve_seconds(state, trial, now)
+        return self._usd_passed(state, now, 0.0) or self._hours_passed(state, now, seconds)
 
-    def _refusal(
-        self, state: SearchState, now: float, seconds: float, usd_per_hour: float
-    ) -> str | None:
-        reserves = {t.trial_id: reserve_seconds(state, t, now) for t in state.running}
-        if self.usd is not None:
-            booked = state.spent_usd(now) + usd_per_hour * seconds / 3600
-            booked += sum(
-                t.allocations[-1].usd_per_hour * reserves[t.trial_id] / 3600 for t in state.running
-            )
-            if booked > self.usd:
-                return f"search budget of {self.usd:g} USD"
-        if self.hours is not None:
-            left = max([seconds, *reserves.values()])
-            if state.hours(now) + left / 3600 > self.hours:
-                return f"search budget of {self.hours:g} hours"
-        return None
+    def _usd_passed(self, state: SearchState, now: float, more_usd: float) -> str | None:
+        if self.usd is None:
+            return None
+        reserved = sum(
+            trial.allocations[-1].usd_per_hour * reserve_seconds(state, trial, now) / 3600
+            for trial in state.running
+        )
+        if state.spent_usd(now) + reserved + more_usd <= self.usd:
+            return None
+        return f"search budget of {self.usd:g} USD"
+
+    def _hours_passed(self, state: SearchState, now: float, seconds: float) -> str | None:
+        if self.hours is None or state.hours(now) + seconds / 3600 <= self.hours:
+            return None
+        return f"search budget of {self.hours:g} hours"
 
 
 def reserve_seconds(state: SearchState, trial: TrialState, now: float) -> float:
-    """Seconds from now until a running trial can have ended, at its pace so far."""
-    interval = slowest_interval(trial) or expected_interval(state)
-    if trial.reported_at:
-        due = trial.reported_at[-1] + interval
-    else:
-        due = trial.allocations[-1].since + expected_first_report(state)
-    to_next_report = max(0.0, due - now)
-    one_more = 0.0 if trial.stop_reason else interval
+    """Seconds from now until a running trial has ended when it is stopped as late as can be."""
+    last = _last_sign(trial)
+    if trial.is_finishing:
+        return max(0.0, last + STOP_SECONDS - now)
+    interval = longest_interval(state, trial)
+    to_next_report = max(0.0, last + interval - now)
+    one_more = 0.0 if trial.stop_reason else max(interval, now - last)
     return to_next_report + one_more + STOP_SECONDS
 
 
-def slowest_interval(trial: TrialState) -> float | None:
-    """The longest seconds between two reports of a trial, None before its second."""
-    at = trial.reported_at
-    return max((b - a for a, b in pairwise(at)), default=None)
+def late_seconds(state: SearchState, trial: TrialState, now: float) -> float:
+    """Seconds since the report of a running trial was due; negative while it is not."""
+    return now - _last_sign(trial) - longest_interval(state, trial)
 
 
-def expected_interval(state: SearchState) -> float:
-    """Seconds between reports to expect of a trial that has not shown any."""
-    seen = [i for t in state.trials.values() if (i := slowest_interval(t)) is not None]
-    return max(seen, default=INTERVAL_SECONDS)
+def longest_interval(state: SearchState, trial: TrialState) -> float:
+    """Seconds to expect at most between two reports of a running trial.
+
+    Its longest so far; that to its first report, which has the start-up in it, before it has shown
+    another; and what first reports of other trials took before it has made one.
+    """
+    at = [trial.allocations[-1].since, *trial.reported_at]
+    first, *others = [b - a for a, b in pairwise(at)] or [expected_first_report(state)]
+    return max(others, default=first)
 
 
 def expected_first_report(state: SearchState) -> float:
@@ -85,3 +88,7 @@ def expected_first_report(state: SearchState) -> float:
         t.reported_at[0] - t.allocations[-1].since for t in state.trials.values() if t.reported_at
     ]
     return max(seen, default=FIRST_REPORT_SECONDS)
+
+
+def _last_sign(trial: TrialState) -> float:
+    return trial.reported_at[-1] if trial.reported_at else trial.allocations[-1].since

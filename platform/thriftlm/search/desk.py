@@ -12,7 +12,7 @@ from typing import Literal
 from thriftlm import catalog
 from thriftlm.search import algorithms
 from thriftlm.search.asha import rung_reached, survives
-from thriftlm.search.budget import Budget
+from thriftlm.search.budget import Budget, late_seconds
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.journal import (
     Allocated,
@@ -27,7 +27,7 @@ from thriftlm.search.journal import (
     Suggested,
 )
 from thriftlm.search.objective import Score
-from thriftlm.search.scoring import score_trials
+from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, Status
@@ -73,16 +73,24 @@ class Desk:
         self.interrupted = False
 
     def resume(self) -> None:
-        """Close what a killed driver left open, at the last moment it is known to have lived."""
+        """Close what a killed driver left open, at the last moment it is known to have lived.
+
+        A trial that scheduler or budget had asked to end has ended; others will run on.
+        """
+        died_at = self.state.last_at
         for trial in self.state.running:
-            self._release(trial, self.state.last_at)
+            self._release(trial, died_at)
+        for trial in self.state.waiting:
+            if trial.stop_reason not in (None, INTERRUPTED):
+                self._end(trial, died_at, "stopped", trial.stop_reason or "", None)
         self._write(SearchResumed(at=self.clock()))
 
     def next_trial(self) -> TrialState | Wait | Finished:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
-        trial = next(iter(self.state.waiting), None) or self._suggest()
+        fitting = (t for t in self.state.waiting if self.capacity.can_ever_hold(t.run.system))
+        trial = next(fitting, None) or self._suggest()
         if isinstance(trial, Finished):
             return trial
         usd_per_hour = catalog.usd_per_hour(trial.run.system)
@@ -104,15 +112,29 @@ class Desk:
     def report(self, trial_id: str, progress: Progress, checkpoint: str | None) -> bool:
         """Take a report into account; whether the trial must end at its next one."""
         trial = self.state.trials[trial_id]
-        before = trial.tokens
         self._write(
             Reported(at=self.clock(), trial_id=trial_id, progress=progress, checkpoint=checkpoint)
         )
         if progress.status == "running" and trial.stop_reason is None:
-            reason = self._stop_reason(trial, before)
-            if reason is not None:
-                self._write(StopRequested(at=self.clock(), trial_id=trial_id, reason=reason))
+            reason = self.budget.stop_reason(self.state, trial, self.clock())
+            self._ask_to_end(trial, reason or self._asha_reason(trial))
         return trial.stop_reason is not None
+
+    def check_budget(self) -> bool:
+        """Whether a trial was asked to end because the budget does not bear that it is late.
+
+        To be called between reports: a trial that is slower than reserved must be asked before its
+        next report, not at it. The one that is latest goes first; while none is late, what is
+        reserved does not grow.
+        """
+        now = self.clock()
+        going = [t for t in self.state.running if t.stop_reason is None and not t.is_finishing]
+        late = {t.trial_id: late_seconds(self.state, t, now) for t in going}
+        if max(late.values(), default=0.0) <= 0:
+            return False
+        for trial in sorted(going, key=lambda t: late[t.trial_id], reverse=True):
+            self._ask_to_end(trial, self.budget.stop_reason(self.state, trial, now))
+        return any(trial.stop_reason for trial in going)
 
     def end(
         self,
@@ -128,24 +150,14 @@ class Desk:
             return
         if status == "stopped":
             reason = trial.stop_reason or reason
-        self._write(
-            Ended(
-                at=self.clock(),
-                trial_id=trial_id,
-                status=status,
-                reason=reason,
-                checkpoint=checkpoint,
-            )
-        )
+        self._end(trial, self.clock(), status, reason, checkpoint)
 
     def interrupt(self) -> None:
         """Ask every running trial to end at its next report, to go on in a resumed search."""
         self.interrupted = True
         for trial in self.state.running:
             if trial.stop_reason is None:
-                self._write(
-                    StopRequested(at=self.clock(), trial_id=trial.trial_id, reason=INTERRUPTED)
-                )
+                self._ask_to_end(trial, INTERRUPTED)
 
     def close(self, reason: str) -> None:
         """End the search; an interrupted one can be resumed."""
@@ -153,7 +165,7 @@ class Desk:
             self._release(trial, self.clock())
         status: Literal["finished", "interrupted"] = "finished"
         if self.interrupted:
-            status = "interrupted"
+            status, reason = "interrupted", INTERRUPTED
         self._write(SearchEnded(at=self.clock(), status=status, reason=reason))
 
     def scores(self) -> dict[str, Score]:
@@ -185,10 +197,10 @@ class Desk:
             return False
         return self.capacity.can_hold(trial.run.system, running)
 
-    def _stop_reason(self, trial: TrialState, before: int) -> str | None:
-        reason = self.budget.stop_reason(self.state, self.clock())
-        if reason is not None or self.space.scheduler != "asha":
-            return reason
+    def _asha_reason(self, trial: TrialState) -> str | None:
+        if self.space.scheduler != "asha":
+            return None
+        before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
         rung = rung_reached(self.settings.fidelity.rungs, before, trial.tokens)
         if rung is None:
             return None
@@ -200,12 +212,36 @@ class Desk:
 
     def _values_at(self, rung: int) -> Mapping[str, float]:
         reached = [trial for trial in self.state.trials.values() if trial.tokens >= rung]
-        scores = score_trials(self.space, self.state, reached, until_tokens=rung)
+        scores = score_trials(
+            self.space, self.state, reached, until_tokens=rung, samples=FEW_SAMPLES
+        )
         return {trial_id: score.value for trial_id, score in scores.items()}
+
+    def _ask_to_end(self, trial: TrialState, reason: str | None) -> None:
+        if reason is not None:
+            self._write(StopRequested(at=self.clock(), trial_id=trial.trial_id, reason=reason))
 
     def _release(self, trial: TrialState, at: float) -> None:
         self._write(Released(at=at, trial_id=trial.trial_id, usd=trial.allocations[-1].usd(at)))
 
+    def _end(
+        self,
+        trial: TrialState,
+        at: float,
+        status: Status | Literal["failed"],
+        reason: str,
+        checkpoint: str | None,
+    ) -> None:
+        self._write(
+            Ended(
+                at=at,
+                trial_id=trial.trial_id,
+                status=status,
+                reason=reason,
+                checkpoint=checkpoint,
+            )
+        )
+
     def _write(self, event: Event) -> None:
-        self.state.apply(event)
         self.journal.append(event)
+        self.state.apply(event)

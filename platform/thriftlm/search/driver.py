@@ -90,6 +90,8 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         if self.interrupt_asked and not self.desk.interrupted:
             self.desk.interrupt()
             self.post_stops()
+        if self.desk.check_budget():  # a trial may be late for the report that would tell us
+            self.post_stops()
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

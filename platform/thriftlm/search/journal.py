@@ -4,6 +4,8 @@ One JSON object a line, flushed to disk before the search acts on it. A line tha
 is dropped when the journal is opened again.
 """
 
+import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -11,7 +13,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
 
@@ -142,39 +144,76 @@ _event: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 class Journal:
     """An open journal: `append` writes a line and tells the listeners.
 
+    It is locked while it is open, and the kernel lets go of the lock when the process dies.
+
     Args:
         path: the file; created when missing.
         listeners: called with each appended event, in order, after it is on disk.
+
+    Raises:
+        InputError: another driver holds the journal, or it cannot be read.
     """
 
     def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()) -> None:
         self.path = path
         self.listeners = listeners
-        self.events: list[Event] = list(read(path)) if path.exists() else []
-        self._cut_torn_line()
         self._lock = RLock()  # the tracking thread appends the ids it got
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # what failed to be written must not wait here
+        try:
+            self._claim()
+            self.events: list[Event] = list(read(path))
+            self._cut_torn_line()
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, event: Event) -> None:
-        """Write the event to disk, then tell every listener."""
+        """Write the event to disk, then tell every listener.
+
+        Raises:
+            OSError: it could not be written; the journal is what it was before.
+        """
         with self._lock:
-            self._file.write(event.model_dump_json() + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._write_whole(event.model_dump_json().encode() + b"\n")
             self.events.append(event)
             for listener in self.listeners:
                 listener(event)
 
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another driver is running this search (it holds {self.path}); wait for its end "
+                "or stop it, or start another search with --name"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be locked ({error.strerror}), so two drivers could mix their "
+                "searches; choose a storage folder whose file system has locks with --storage"
+            ) from error
+
+    def _write_whole(self, line: bytes) -> None:
+        before = os.fstat(self._file.fileno()).st_size
+        left = line
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), before)
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; everything up to here is kept: make room, go on with --resume",
+                str(self.path),
+            ) from error
+
     def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
         whole = self.path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):
-            os.truncate(self.path, len(kept))
+        os.ftruncate(self._file.fileno(), whole.rfind(b"\n") + 1)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and let go of its lock."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -191,14 +230,28 @@ def read(path: Path) -> Iterator[Event]:
         InputError: a line is not an event, or a newer version wrote the journal.
     """
     text = path.read_bytes()
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    _refuse_newer(path, lines[:1])
+    for number, line in enumerate(lines, start=1):
         try:
-            event = _event.validate_json(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a line of a journal: {error}") from error
-        if isinstance(event, SearchStarted) and event.version > JOURNAL_VERSION:
+            yield _event.validate_json(line)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
             raise InputError(
-                f"{path}: written by a newer thriftlm (journal version {event.version}, this one "
-                f"reads {JOURNAL_VERSION}); update thriftlm"
-            )
-        yield event
+                f"{path}:{number}: not a line of a journal: {where and f'{where}: '}"
+                f"{problem['msg']}; repair the file, or start another search with --name"
+            ) from error
+
+
+def _refuse_newer(path: Path, first: list[bytes]) -> None:
+    """Before anything else is read: a newer version may have fields that this one refuses."""
+    try:
+        version = json.loads(first[0])["version"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        return  # empty, or no journal, which reading it will say
+    if version > JOURNAL_VERSION:
+        raise InputError(
+            f"{path}: written by a newer thriftlm (journal version {version}, this one reads "
+            f"{JOURNAL_VERSION}); update thriftlm"
+        )

@@ -181,6 +181,7 @@ def score_all(
     objective: Objective,
     weights: Mapping[str, float] | None = None,
     target_loss: float | None = None,
+    samples: int = 64,
     seed: int = 0,
 ) -> dict[str, Score]:
     """Scores by trial id, from one law fitted to the curves of all recipes together.
@@ -188,6 +189,7 @@ def score_all(
     No score: trials that ended in oom or diverged, that have no known throughput, or whose recipe
     has no measured point. Points of a trial that diverged stay out of the law. `unique_tokens` is
     the size of the training split; beyond it measured and bought tokens count as repeated.
+    `samples` refits give the interval.
 
     Raises:
         ValueError: no training budget; a weight for something that cannot be weighed.
@@ -205,8 +207,8 @@ def score_all(
         for curve in curves.values()
     ]
     fit = fit_law(fresh, seed=seed)
-    samples = bootstrap(fresh, fit, seed=seed)
-    found = (_row(seen, curves.get(seen.recipe_id), goal, fit, samples) for seen in observations)
+    refits = bootstrap(fresh, fit, samples=samples, seed=seed)
+    found = (_row(seen, curves.get(seen.recipe_id), goal, fit, refits) for seen in observations)
     rows = [row for row in found if row is not None]
     return _scores(rows, fit, goal, objective) if rows else {}
 

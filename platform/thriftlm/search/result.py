@@ -17,7 +17,8 @@ class TrialRow(Spec):
     kind: Literal["learn"] = "learn"
     """What it measured: loss."""
     status: str
-    """`done`, `stopped`, `oom`, `diverged`, `failed`, or `waiting` in an interrupted search."""
+    """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
+    before it could start, or start again."""
     reason: str
     """Why it ended early."""
     config: dict[str, Any]
@@ -144,6 +145,7 @@ def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult,
 
     result, scores = answer(space, state)
     (folder / "results.json").write_text(result.model_dump_json(indent=2))
+    (folder / "best.yaml").unlink(missing_ok=True)  # an earlier winner can have failed since
     if result.best is not None:
         winner = state.trials[result.best.trial_id]
         run = best_run(winner, scores[winner.trial_id]).model_dump(mode="json")

@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable
 
+from threadpoolctl import threadpool_limits
+
 from thriftlm.search.objective import LossUnit, Observation, Score, curve_of, score_all
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Status
 from thriftlm_models.config import non_embedding_params
+
+INTERVAL_SAMPLES = 64
+"""Refits behind the interval of an answer."""
+FEW_SAMPLES = 4
+"""Refits where only the central prediction decides."""
 
 
 def score_trials(
@@ -15,29 +22,37 @@ def score_trials(
     trials: Iterable[TrialState],
     *,
     until_tokens: int | None = None,
+    samples: int = INTERVAL_SAMPLES,
 ) -> dict[str, Score]:
     """The score of every trial that measured a loss and did not diverge, by trial id.
 
-    With `until_tokens` only what was measured up to there counts, so that trials are compared at
-    a rung on equal terms. Losses are in bits per byte where the tokenizer varies.
+    With `until_tokens` only the reports up to the first that reached it count, so that trials are
+    compared at a rung on equal terms. Who needs no interval asks for `FEW_SAMPLES`. Losses are in
+    bits per byte where the tokenizer varies.
     """
     if state.started is None:
         return {}
     unit: LossUnit = "bits_per_byte" if "data.tokenizer" in space.domains else "nats_per_token"
-    return score_all(
-        [observation(trial, unit, until_tokens) for trial in trials],
-        budget_usd=space.training_budget.usd,
-        budget_hours=space.training_budget.hours,
-        unique_tokens=min(state.started.unique_tokens.values()),
-        objective=space.objective_name,
-        weights=space.objective_weights,
-        seed=space.search.seed,
-    )
+    observations = [observation(trial, unit, until_tokens) for trial in trials]
+    with threadpool_limits(1):  # the cores belong to the workers
+        return score_all(
+            observations,
+            budget_usd=space.training_budget.usd,
+            budget_hours=space.training_budget.hours,
+            unique_tokens=min(state.started.unique_tokens.values()),
+            objective=space.objective_name,
+            weights=space.objective_weights,
+            samples=samples,
+            seed=space.search.seed,
+        )
 
 
 def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> Observation:
     """What a trial measured."""
-    reports = [p for p in trial.curve if until_tokens is None or p.tokens <= until_tokens]
+    before = [0, *(report.tokens for report in trial.curve)]
+    reports = [
+        p for p, b in zip(trial.curve, before, strict=False) if b < (until_tokens or p.tokens)
+    ]
     rate = trial.tokens_per_s()
     usd_per_hour = trial.allocations[-1].usd_per_hour if trial.allocations else None
     system = trial.run.system
@@ -54,9 +69,13 @@ def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> 
 
 
 def outcome(trial: TrialState) -> Status:
-    """How a trial ended as far as its curve tells; a broken one keeps what it measured."""
+    """How a trial ended as far as scores care.
+
+    One that failed counts like one out of memory: its points stay in the law, which belongs to the
+    recipe, but it gets no score, since nobody can train it on.
+    """
     if trial.curve and trial.curve[-1].status in ("oom", "diverged"):
         return trial.curve[-1].status
-    if trial.status == "oom":
+    if trial.status in ("oom", "failed"):
         return "oom"
     return "running" if trial.status is None else "done"

@@ -11,6 +11,7 @@ from thriftlm.search.journal import (
     Event,
     Released,
     Reported,
+    RunMinted,
     SearchEnded,
     SearchResumed,
     SearchStarted,
@@ -30,7 +31,8 @@ class Allocation:
 
     def usd(self, now: float) -> float:
         """Dollars from the beginning to the end, or to `now` while it is open."""
-        return self.usd_per_hour * ((self.until or now) - self.since) / 3600
+        until = now if self.until is None else self.until
+        return self.usd_per_hour * max(0.0, until - self.since) / 3600  # clocks can be set back
 
 
 @dataclass
@@ -58,6 +60,11 @@ class TrialState:
     def has_ended(self) -> bool:
         """Whether it is over for good."""
         return self.status is not None
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether it holds resources but has made its last report."""
+        return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
 
     @property
     def tokens(self) -> int:
@@ -99,7 +106,8 @@ class SearchState:
     def apply(self, event: Event) -> None:
         """Take one event into account."""
         self._apply(event)
-        self.last_at = max(self.last_at, event.at)
+        if not isinstance(event, RunMinted):  # a slow tracking server does not prolong a search
+            self.last_at = event.at
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far."""
@@ -149,8 +157,10 @@ class SearchState:
     @_apply.register
     def _(self, event: Reported) -> None:
         trial = self.trials[event.trial_id]
-        # A resumed trial goes on from its checkpoint: what it measures again replaces the old.
-        while trial.curve and trial.curve[-1].tokens >= event.progress.tokens:
+        # A resumed trial goes on from its checkpoint: what it measures again replaces the old. A
+        # report without a loss, such as that memory ran out, leaves a loss at its tokens.
+        tokens = event.progress.tokens + (event.progress.val_loss is None)
+        while trial.curve and trial.curve[-1].tokens >= tokens:
             trial.curve.pop()
         trial.curve.append(event.progress)
         trial.reported_at.append(event.at)

@@ -13,6 +13,8 @@ from pathlib import Path
 from thriftlm.spec import InputError
 
 STORAGE_VARIABLE = "THRIFTLM_STORAGE"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's job supervisor gives it to the entrypoint of a submitted job, and to nothing else."""
 MINIMUM_FREE_BYTES = 500_000_000
 """Room for shards, checkpoints and Ray's files of a small search."""
 
@@ -50,10 +52,10 @@ def storage(path: str | None) -> Storage:
         InputError: a relative path inside a Ray job, whose folder Ray deletes when the job ends.
     """
     given = path or os.environ.get(STORAGE_VARIABLE)
-    if given is None:
+    if not given:
         return Storage(Path.home() / "thriftlm")
     root = Path(given).expanduser()
-    if not root.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not root.is_absolute() and RAY_JOB_VARIABLE in os.environ:
         raise InputError(
             f"storage must be an absolute path inside a Ray job, got '{given}': Ray deletes the "
             "job's folder, and the results with it; pass --storage /an/absolute/path"
@@ -71,7 +73,7 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another search may try at the same moment
     except OSError as error:
         raise InputError(
             f"storage {folder} cannot be written ({error.strerror}); choose another with --storage"

@@ -4,10 +4,16 @@
 # make clean        remove the environment and caches; searches and their results stay
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+
+PIP_PROGRESS = \
+  /^(Collecting|Processing)/ { if (++found % 20 == 0) print "    " found " packages found" } \
+  /^Installing collected/ { print "    installing them" } \
+  { fflush() }
 
 .PHONY: quickstart test check lint clean help
 
@@ -19,8 +25,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
 	  || { echo "thriftlm needs Python 3.11 to 3.13; set PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
-	  --requirement requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	  --requirement requirements.lock | awk '$(PIP_PROGRESS)'
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  --no-build-isolation --editable .
 	@touch $@

@@ -1,8 +1,11 @@
 """The answer of a search in the terminal: the winner, the Pareto set, the cost, what to do next."""
 
 import shlex
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -137,7 +140,9 @@ def next_commands(result: SearchResult, sitting: Sitting) -> list[tuple[str, str
     if result.status == "interrupted":
         found.append(("go on", resume_command(sitting)))
     if result.best is not None:
-        found.append(("train the winner", shlex.join(["thriftlm", "train", f"{folder}/best.yaml"])))
+        found.append(
+            ("train the winner", shlex.join([program("thriftlm"), "train", f"{folder}/best.yaml"]))
+        )
     pictures = [folder / name for name in ("pareto.png", "curves.png")]
     found += [("picture", str(path)) for path in pictures if path.exists()]
     found.append(("compare in MLflow", mlflow_command(sitting.tracking_uri)))
@@ -146,7 +151,7 @@ def next_commands(result: SearchResult, sitting: Sitting) -> list[tuple[str, str
 
 def resume_command(sitting: Sitting) -> str:
     """The command that goes on with the search, with all that makes it the same search."""
-    command = ["thriftlm", "search", sitting.source, "--name", sitting.name, "--resume"]
+    command = [program("thriftlm"), "search", sitting.source, "--name", sitting.name, "--resume"]
     command += ["--storage", str(sitting.storage.root)]
     for override in sitting.overrides:
         command += ["--set", override]
@@ -157,8 +162,17 @@ def resume_command(sitting: Sitting) -> str:
     return shlex.join(command)
 
 
+def program(name: str) -> str:
+    """How to call a program of this environment: by name where that finds it, else by path."""
+    here = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not here.exists() or (found is not None and Path(found).resolve() == here.resolve()):
+        return name
+    return str(here)
+
+
 def mlflow_command(tracking_uri: str) -> str:
     """How to see the runs: a server is there already, a database needs one."""
     if tracking_uri.startswith(("http://", "https://")):
         return f"open {tracking_uri}"
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])
+    return shlex.join([program("mlflow"), "ui", "--backend-store-uri", tracking_uri])

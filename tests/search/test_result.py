@@ -46,7 +46,7 @@ def test_the_winner_is_first_and_inside_its_interval(searched, lab):
     best = found.best
     assert best.trial_id == found.trials[0].trial_id
     assert best.low <= best.loss_at_budget <= best.high
-    assert best.trial_id in found.pareto
+    assert found.pareto  # the winner, picked pessimistically, need not be in it
     assert {trial.trial_id for trial in found.trials} == set(searched.state.trials)
     assert (
         best.loss_at_budget

@@ -1,5 +1,6 @@
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from thriftlm.review import session
 from thriftlm.review.live import LiveView
-from thriftlm.review.report import next_commands, show
+from thriftlm.review.report import next_commands, program, show
 from thriftlm.review.session import Sitting
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.search.journal import (
@@ -159,7 +160,7 @@ def test_a_pipe_gets_everything(result: SearchResult, sitting: Sitting) -> None:
 def test_an_interrupted_search_says_how_to_go_on(result: SearchResult, sitting: Sitting) -> None:
     interrupted = result.model_copy(update={"status": "interrupted"})
     assert dict(next_commands(interrupted, sitting))["go on"] == (
-        f"thriftlm search quickstart --name toy --resume --storage {sitting.storage.root} "
+        f"{program('thriftlm')} search quickstart --name toy --resume --storage {sitting.storage.root} "
         "--set search_budget.trials=3 --set 'space.model.n_layers=[2,3]'"
     )
     console = terminal(80)
@@ -217,3 +218,12 @@ def test_indispensable_columns_stay() -> None:
     rows = [["x" * 10, "y" * 10, "z" * 10]]
     kept = [[c.header for c in fitted(columns, rows, width).columns] for width in (34, 33, 21, 5)]
     assert kept == [["a", "b", "c"], ["a", "b"], ["a"], ["a"]]
+
+
+def test_a_program_off_the_path_is_called_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program("python") == str(folder / "python")
+    monkeypatch.setenv("PATH", str(folder))
+    assert program("python") == "python"
+    assert program("no-such-program") == "no-such-program"

@@ -160,8 +160,8 @@ def test_a_pipe_gets_everything(result: SearchResult, sitting: Sitting) -> None:
 def test_an_interrupted_search_says_how_to_go_on(result: SearchResult, sitting: Sitting) -> None:
     interrupted = result.model_copy(update={"status": "interrupted"})
     assert dict(next_commands(interrupted, sitting))["go on"] == (
-        f"{program('thriftlm')} search quickstart --name toy --resume --storage {sitting.storage.root} "
-        "--set search_budget.trials=3 --set 'space.model.n_layers=[2,3]'"
+        f"{program('thriftlm')} search quickstart --name toy --resume "
+        f"--storage {sitting.storage.root} --set search_budget.trials=3 --set 'space.model.n_layers=[2,3]'"
     )
     console = terminal(80)
     show(interrupted, sitting, console)

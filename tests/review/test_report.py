@@ -161,7 +161,8 @@ def test_an_interrupted_search_says_how_to_go_on(result: SearchResult, sitting: 
     interrupted = result.model_copy(update={"status": "interrupted"})
     assert dict(next_commands(interrupted, sitting))["go on"] == (
         f"{program('thriftlm')} search quickstart --name toy --resume "
-        f"--storage {sitting.storage.root} --set search_budget.trials=3 --set 'space.model.n_layers=[2,3]'"
+        f"--storage {sitting.storage.root} --set search_budget.trials=3 "
+        "--set 'space.model.n_layers=[2,3]'"
     )
     console = terminal(80)
     show(interrupted, sitting, console)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,7 +156,8 @@ def _hold(sitting: Any, as_json: bool) -> int:
     console.print(f"storage {sitting.folder}", soft_wrap=True, markup=False)
     found = session.answered(sitting)
     if found is None:
-        with LiveView(sitting.space) as view:
+        # Ray prints its warnings on stdout, which belongs to the answer.
+        with redirect_stdout(sys.stderr), LiveView(sitting.space) as view:
             found = session.hold(sitting, view)
     if as_json:
         emit(found.model_dump(mode="json", exclude={"trials": {"__all__": {"point"}}}))

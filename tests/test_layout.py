@@ -21,7 +21,7 @@ TOP_LEVEL = {
     "search_spaces",
     "tests",
 }
-LONGEST_FILE = 420
+LONGEST_FILE = 450
 
 
 def tracked() -> list[Path]:
@@ -81,11 +81,11 @@ def test_lock_pins_exactly_and_names_no_registry():
     assert "torch==2.13.0" in lines
 
 
-def test_shipped_files_stay_readable():
+def test_files_stay_readable():
     lengths = {
         path: len((ROOT / path).read_text().splitlines())
         for path in tracked()
-        if path.suffix == ".py" and path.parts[0] in {"platform", "models"}
+        if path.suffix == ".py"
     }
     assert {path: n for path, n in lengths.items() if n > LONGEST_FILE} == {}
 

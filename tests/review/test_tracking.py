@@ -1,14 +1,12 @@
 import os
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from thriftlm.review.mlflow_store import connect
 from thriftlm.review.tracking import MlflowWriter, rebuild
 from thriftlm.search.journal import (
     Allocated,
@@ -31,7 +28,7 @@ from thriftlm.search.journal import (
     SearchStarted,
     Suggested,
 )
-from thriftlm.spec import InputError, ModelSpec, Progress, RunSpec
+from thriftlm.spec import ModelSpec, Progress, RunSpec
 
 SPACE = {"name": "toy", "objective": "loss_at_budget", "space": {"optim": {"lr": [1e-3, 2e-3]}}}
 MODEL = ModelSpec(n_layers=2, d_model=64, n_heads=2, vocab=4096)
@@ -120,37 +117,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def first_use(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A database that a writer made in a folder that was missing, and all that it printed."""
-    path = tmp_path_factory.mktemp("empty") / "deep" / "er" / "mlflow.db"
-    code = (
-        "import sys; from thriftlm.review.tracking import MlflowWriter;"
-        "MlflowWriter(sys.argv[1], 'toy', print).close()"
-    )
-    command = [sys.executable, "-c", code, f"sqlite:///{path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return path, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def migrated(first_use: tuple[Path, str]) -> bytes:
-    """An empty MLflow database without experiments: its migrations take seconds, once is enough."""
-    path = first_use[0].with_name("copy.db")
-    with closing(sqlite3.connect(first_use[0])) as source, closing(sqlite3.connect(path)) as copy:
-        source.backup(copy)
-        copy.execute("delete from experiments where name = 'thriftlm'")
-        copy.commit()
-    return path.read_bytes()
-
-
-@pytest.fixture
-def uri(tmp_path: Path, migrated: bytes) -> str:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "mlflow.db").write_bytes(migrated)
-    return f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
 
 
 def artifact(uri: str, run: Run, name: str, folder: Path) -> str:
@@ -411,13 +377,6 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     "server", [app_server, pytest.param(command_server, marks=pytest.mark.slow)]
 )
@@ -471,38 +430,3 @@ def test_a_server_that_dies_and_comes_back(
         assert len(found) == MANY + 1
         for trial in ("t0", f"t{MANY - 1}"):
             assert steps(url, found[trial], "val_loss") == [100_000, 200_000, 300_000, 400_000]
-
-
-def test_a_refused_port_is_bad_input(port: int) -> None:
-    with pytest.raises(InputError, match=rf"127\.0\.0\.1:{port} cannot be used.*--tracking-uri"):
-        MlflowWriter(f"http://127.0.0.1:{port}", "toy", lambda event: None)
-
-
-def test_a_server_that_hangs_is_bad_input() -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        port = silent.getsockname()[1]
-        began = time.perf_counter()
-        with pytest.raises(InputError, match=r"no answer within 0\.2 s"):
-            connect(f"http://me:secret@127.0.0.1:{port}", timeout_seconds=0.2)
-        assert time.perf_counter() - began < 3
-
-
-def test_messages_hide_passwords(port: int) -> None:
-    with pytest.raises(InputError) as caught:
-        MlflowWriter(f"http://me:secret@127.0.0.1:{port}", "toy", lambda event: None)
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("uri", ["htp://nowhere", "sqlite:////proc/nowhere/mlflow.db"])
-def test_an_unusable_uri_is_bad_input(uri: str) -> None:
-    with pytest.raises(InputError, match="cannot be used"):
-        MlflowWriter(uri, "toy", lambda event: None)
-
-
-def test_nothing_is_printed(first_use: tuple[Path, str]) -> None:
-    """MLflow's migrations and run links would land between the lines of the search."""
-    path, printed = first_use
-    assert path.exists()
-    assert printed == ""

@@ -1,25 +1,55 @@
-"""Causal attention kernels by name, each pinned to one implementation of torch's SDPA.
+"""Causal attention kernels by name, each pinned to one implementation: it runs or it raises.
 
-Shapes are suffixes: B batch, T tokens, H query heads, K key and value heads, D width of a head.
+Shapes are suffixes: B batch, T tokens, H query heads, K key and value heads, N = B x T,
+C width of a head.
 """
-# ruff: noqa: N803 (shape suffixes are upper case)
+# ruff: noqa: N803, N806 (shape suffixes are upper case)
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+from thriftlm_models import kernels
+from thriftlm_models.config import ModelSpec
+from thriftlm_models.kernels import Target
+
+
+class Kernel(Protocol):
+    """Causal attention; `window` is how many tokens a query sees, its own included."""
+
+    def __call__(
+        self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+    ) -> Tensor:
+        """Attention output (B, H, T, C); scores are multiplied by `scale`."""
+
 
 BACKENDS: dict[str, SDPBackend] = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
 }
-"""SDPA backend behind each name."""
+"""SDPA backend behind each name; `flex` and `fa2` are no part of SDPA."""
+
+FLASH_IMPLEMENTATIONS: dict[str, str | None] = {"flash": None, "fa3": "FA3", "fa4": "FA4"}
+"""What torch's registry must have active for SDPA's flash backend; None is its own FA2."""
 
 SWITCHES: dict[SDPBackend, Callable[[], bool]] = {
     SDPBackend.MATH: cuda.math_sdp_enabled,
@@ -35,32 +65,173 @@ def pinned(name: str) -> AbstractContextManager[object]:
 
     Entering costs 20 microseconds, a second entry inside the first 2: the decoder enters once per
     forward pass. The kernels enter too, so that what runs outside of a forward pass (recomputation
-    in backward, for one) is pinned as well.
+    in backward, for one) is pinned as well. The flash implementation stays active afterwards,
+    because backward needs it.
     """
+    if name not in BACKENDS:
+        return nullcontext()
+    if name in FLASH_IMPLEMENTATIONS:
+        _activate(FLASH_IMPLEMENTATIONS[name])
     enabled = [backend for backend, is_enabled in SWITCHES.items() if is_enabled()]
     return nullcontext() if enabled == [BACKENDS[name]] else sdpa_kernel([BACKENDS[name]])
 
 
-def math_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Attention output (B, H, T, D) by plain matrix products; holds all T x T scores."""
+def _activate(implementation: str | None) -> None:
+    if current_flash_attention_impl() == implementation:
+        return
+    if implementation is None:
+        restore_flash_attention_impl()
+    else:
+        activate_flash_attention_impl(implementation)
+
+
+def math_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """Plain matrix products; holds all T x T scores."""
     with pinned("math"):
-        return causal_sdpa(q_BHTD, k_BKTD, v_BKTD)
+        return _sdpa(q_BHTC, k_BKTC, v_BKTC, window, scale)
 
 
-def flash_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Attention output (B, H, T, D) by FlashAttention-2; on CPU by torch's own flash kernel."""
-    with pinned("flash"):
-        return causal_sdpa(q_BHTD, k_BKTD, v_BKTD)
+def flash_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """FlashAttention-2; on CPU torch's own flash kernel."""
+    return _flash("flash", q_BHTC, k_BKTC, v_BKTC, window, scale)
 
 
-def causal_sdpa(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Attention output (B, H, T, D), causal, scaled by 1/sqrt(D); query heads share key heads."""
-    # math and flash take fewer key heads themselves, on CPU and on CUDA.
-    return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
+def fa3_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """FlashAttention-3, through torch's registry."""
+    return _flash("fa3", q_BHTC, k_BKTC, v_BKTC, window, scale)
 
 
-KERNELS: dict[str, Kernel] = {"math": math_attention, "flash": flash_attention}
-"""Attention kernels by name."""
+def fa4_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """FlashAttention-4, through torch's registry."""
+    return _flash("fa4", q_BHTC, k_BKTC, v_BKTC, window, scale)
+
+
+def efficient_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """The memory-efficient kernel of xFormers inside SDPA; it takes no fewer key heads itself."""
+    group = q_BHTC.shape[1] // k_BKTC.shape[1]
+    k_BHTC, v_BHTC = (x.repeat_interleave(group, dim=1) for x in (k_BKTC, v_BKTC))
+    with pinned("efficient"):
+        return _sdpa(q_BHTC, k_BHTC, v_BHTC, window, scale)
+
+
+def cudnn_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """NVIDIA's cuDNN kernel inside SDPA."""
+    with pinned("cudnn"):
+        return _sdpa(q_BHTC, k_BKTC, v_BKTC, window, scale)
+
+
+def flex_kernel(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """FlexAttention, compiled; it has no backward pass on CPU."""
+    mask = _block_mask(q_BHTC.shape[2], window, str(q_BHTC.device))
+    run = _compiled_flex()
+    return run(q_BHTC, k_BKTC, v_BKTC, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def fa2_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """FlashAttention-2 of the package flash-attn."""
+    from flash_attn import flash_attn_func
+
+    q_BTHC, k_BTKC, v_BTKC = (x.transpose(1, 2) for x in (q_BHTC, k_BKTC, v_BKTC))
+    attended_BTHC: Tensor = flash_attn_func(
+        q_BTHC, k_BTKC, v_BTKC, softmax_scale=scale, causal=True, window_size=_left_right(window)
+    )
+    return attended_BTHC.transpose(1, 2)
+
+
+KERNELS: dict[str, Kernel] = {
+    "math": math_attention,
+    "flash": flash_attention,
+    "efficient": efficient_attention,
+    "cudnn": cudnn_attention,
+    "flex": flex_kernel,
+    "fa2": fa2_attention,
+    "fa3": fa3_attention,
+    "fa4": fa4_attention,
+}
+"""Attention kernels by name; what each needs is in `kernels.REQUIREMENTS`."""
+
+
+def _sdpa(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    # math, flash and cuDNN take fewer key heads themselves, on CPU and on CUDA.
+    seq_len = q_BHTC.shape[2]
+    mask_TT = None
+    if window is not None and window < seq_len:
+        mask_TT = q_BHTC.new_ones(seq_len, seq_len, dtype=torch.bool).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(
+        q_BHTC,
+        k_BKTC,
+        v_BKTC,
+        attn_mask=mask_TT,
+        is_causal=mask_TT is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+
+
+def _flash(
+    name: str, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, window: int | None, scale: float
+) -> Tensor:
+    with pinned(name):
+        if window is None or not q_BHTC.is_cuda:
+            return _sdpa(q_BHTC, k_BKTC, v_BKTC, window, scale)
+        # On CUDA flash takes no mask, and SDPA passes no window on; this entry to it does.
+        batch, _, seq_len, _ = q_BHTC.shape
+        starts = torch.arange(batch + 1, device=q_BHTC.device, dtype=torch.int32) * seq_len
+        q_NHC, k_NKC, v_NKC = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTC, k_BKTC, v_BKTC))
+        attended_NHC = cast(
+            Tensor,
+            varlen_attn(
+                q_NHC,
+                k_NKC,
+                v_NKC,
+                starts,
+                starts,
+                seq_len,
+                seq_len,
+                scale=scale,
+                window_size=_left_right(window),
+                enable_gqa=True,
+            ),
+        )
+        return attended_NHC.view(batch, seq_len, -1, attended_NHC.shape[-1]).transpose(1, 2)
+
+
+def _left_right(window: int | None) -> tuple[int, int]:
+    """The window as flash attention has it: tokens before and after a query; -1 is all."""
+    return (-1, 0) if window is None else (window - 1, 0)
+
+
+@lru_cache(maxsize=32)
+def _block_mask(seq_len: int, window: int | None, device: str) -> BlockMask:
+    span = seq_len if window is None else window
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < span)
+
+    return create_block_mask(sees, None, None, seq_len, seq_len, device=device)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def kernel(name: str) -> Kernel:
@@ -69,12 +240,11 @@ def kernel(name: str) -> Kernel:
     Raises:
         ValueError: no such kernel; names those there are.
     """
-    if name not in KERNELS:
-        raise ValueError(f"unknown attention kernel '{name}'; known: {', '.join(KERNELS)}")
+    kernels.requirement(name)
     return KERNELS[name]
 
 
-def check_kernel(name: str, device_type: str, dtype: torch.dtype, head_dim: int = 64) -> None:
+def check_kernel(name: str, device_type: str, dtype: torch.dtype, model: ModelSpec) -> None:
     """Nothing, once the kernel ran forward and backward on two tokens of that device and dtype.
 
     `dtype` is what attention computes in: bfloat16 under bf16 autocast.
@@ -82,33 +252,49 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype, head_dim: int 
     Raises:
         ValueError: it cannot run there; says why, and which kernels can.
     """
-    run = kernel(name)
-    reason = why_not(run, device_type, dtype, head_dim)
-    if reason is None:
-        return
-    can = ", ".join(available_kernels(device_type, dtype, head_dim)) or "none"
-    raise ValueError(
-        f"attention kernel {name} cannot run on {device_type} in {dtype} with head_dim {head_dim}: "
-        f"{reason}; what can run there: {can}"
+    windowed = "sliding" in model.block_attention
+    kernels.refuse_unless_runs(
+        name,
+        model,
+        f"on {device_type} in {dtype}",
+        lambda other: why_not(other, device_type, dtype, model.head_dim, windowed),
     )
 
 
-def available_kernels(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> tuple[str, ...]:
+def available_kernels(
+    device_type: str, dtype: torch.dtype, head_dim: int = 64, windowed: bool = False
+) -> tuple[str, ...]:
     """Names of the kernels that run on that device in that dtype, found by running each once."""
     return tuple(
-        name for name, run in KERNELS.items() if why_not(run, device_type, dtype, head_dim) is None
+        name for name in KERNELS if why_not(name, device_type, dtype, head_dim, windowed) is None
     )
 
 
-def why_not(run: Kernel, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """First line of the error that the kernel gives there, None if it runs."""
+def why_not(
+    name: str, device_type: str, dtype: torch.dtype, head_dim: int, windowed: bool
+) -> str | None:
+    """Why the kernel does not run there, None if it does: by its requirements, then by running."""
     try:
+        reason = kernels.why_not(name, _target(device_type, dtype), head_dim, windowed)
+        if reason is not None:
+            return reason
         q, k, v = (
             torch.zeros(1, heads, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
             for heads in (2, 1, 1)
         )
-        torch.autograd.backward(run(q, k, v).sum())
+        attended = KERNELS[name](q, k, v, 1 if windowed else None, head_dim**-0.5)
+        torch.autograd.backward(attended.sum())
+    except ModuleNotFoundError as error:
+        return f"install {kernels.requirement(name).package} first ({error})"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # AssertionError is what torch raises for a device that it was not built for.
         return str(error).partition("\n")[0]
     return None
+
+
+def _target(device_type: str, dtype: torch.dtype) -> Target:
+    capability = None
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = major + minor / 10
+    return Target(capability, half_precision=dtype in (torch.bfloat16, torch.float16))

@@ -1,13 +1,23 @@
-"""What a decoder is, and what it costs to hold and to run. No torch here."""
+"""What a decoder is: its shape, every field with its meaning. No torch here."""
 
-from functools import cache
-from importlib.resources import files
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from thriftlm_models.presets import preset
 
 Sharing = Literal["none", "immediate", "repeat_all_over", "reverse"]
+AttentionKind = Literal["full", "sliding", "none"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+GATED = frozenset(("swiglu", "geglu"))
+"""Activations whose feed-forward layer has a gate beside the up projection: three matrices."""
 
 
 class Spec(BaseModel):
@@ -16,20 +26,49 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class RopeScaling(Spec):
+    """Stretched rotary frequencies of the blocks with full attention, for a longer context.
+
+    Sliding blocks never look further than their window and keep theirs.
+    """
+
+    kind: Literal["linear", "llama3"]
+    """`linear` divides every frequency by `factor`; `llama3` only the slow ones (Llama 3.1)."""
+    factor: PositiveFloat
+    """How many times longer the context gets."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths above `original_context` / this are divided by the whole factor."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: wavelengths below `original_context` / this are left alone."""
+    original_context: PositiveInt = 8192
+    """llama3: tokens that the unstretched frequencies were trained for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "low_freq_factor must be below high_freq_factor: "
+                f"{self.low_freq_factor:g} is not below {self.high_freq_factor:g}"
+            )
+        return self
+
+
 class ModelSpec(Spec):
-    """Shape of a LLaMA-style pre-norm decoder.
+    """Shape of a pre-norm decoder.
 
     A `preset` fills what is not given. Of what remains, `n_kv_heads` follows `n_heads`, `head_dim`
     is `d_model / n_heads`, `d_ff` is LLaMA's rule (8/3 of `d_model`, up to a multiple of 256), and
-    `repeats` is 1 without sharing, else 2. After construction every field has its value.
+    `repeats` is 1 without sharing, else 2. After construction every field has its value. Patterns
+    are repeated over the distinct blocks and cut at the last.
 
     Raises:
         ValueError: unknown preset; `n_kv_heads` does not divide `n_heads`; no `head_dim` and
-            `n_heads` does not divide `d_model`; odd `head_dim`; `repeats` without sharing.
+            `n_heads` does not divide `d_model`; odd `head_dim` with rotary positions; `repeats`
+            without sharing; a field that needs another which is not given.
     """
 
     preset: str | None = None
-    """Name of the published shape this one started from."""
+    """Name of the published shape this one started from, or `apple:350M` for Apple's rule."""
     n_layers: PositiveInt
     """Distinct decoder blocks, those that hold parameters."""
     sharing: Sharing = "none"
@@ -45,20 +84,58 @@ class ModelSpec(Spec):
     head_dim: PositiveInt
     """Width of one head, independent of `d_model / n_heads`."""
     d_ff: PositiveInt
-    """Inner width of the gated feed-forward layer."""
+    """Inner width of the feed-forward layer."""
     vocab: PositiveInt
     """Rows of the embedding table. In a run it follows the tokenizer unless it is given."""
     tie_embeddings: bool = True
     """Whether the output head is the input embedding."""
+    scale_embedding: bool = False
+    """Whether embeddings are multiplied by sqrt(d_model) when they enter (Gemma)."""
+    activation: Activation = "swiglu"
+    """Feed-forward nonlinearity; `swiglu` and `geglu` are gated. GELU is the tanh form."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias (GPT-2)."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or to the variance, in every norm."""
+    post_norm: bool = False
+    """Whether what attention and feed-forward layer add is normalised as well (Gemma 3)."""
+    qk_norm: Literal["none", "learned", "unlearned"] = "none"
+    """RMSNorm of each query and key head, with a gain (Qwen3) or without (MobileLLM-R1)."""
+    bias: bool = False
+    """Whether the linear layers of the blocks have a bias (GPT-2)."""
+    attention_pattern: tuple[AttentionKind, ...] = ("full",)
+    """What each block attends to: all before it, the last `window` tokens, or nothing.
+
+    A list, or its words in one text, so that a search can choose: `sliding sliding full`.
+    """
+    window: PositiveInt | None = None
+    """Tokens that a sliding block sees, its own included."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary positions, or a learned table of `max_positions` rows (GPT-2)."""
+    max_positions: PositiveInt | None = None
+    """Longest sequence of a model with learned positions."""
     rope_base: PositiveFloat = 10_000.0
     """Base of the rotary position frequencies."""
+    rope_pattern: tuple[float, ...] = ()
+    """Rotary base block by block, where 0 is no positions (NoPE); empty: `rope_base` everywhere."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched frequencies of blocks with full attention."""
+    init: Literal["gpt2", "mobilellm", "tinyllama"] = "gpt2"
+    """Initial weights, see `thriftlm_models.initial`."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """`mup` keeps the best learning rate the same over widths (arXiv 2203.03466)."""
+    mup_base_width: PositiveInt = 256
+    """Width at which `mup` is the standard parametrization; unused without it."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
         return fill_model(given) if isinstance(given, dict) else given
+
+    @field_validator("attention_pattern", mode="before")
+    @classmethod
+    def _words(cls, given: Any) -> Any:
+        return tuple(given.split()) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,19 +143,55 @@ class ModelSpec(Spec):
             raise ValueError(
                 f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.sharing == "none" and self.repeats != 1:
             raise ValueError(
                 f"repeats is {self.repeats} but sharing is none: set sharing to immediate, "
                 "repeat_all_over or reverse, or leave repeats out"
             )
+        self._check_attention()
+        self._check_positions()
         return self
+
+    def _check_attention(self) -> None:
+        if not self.attention_pattern:
+            raise ValueError("attention_pattern needs at least one of full, sliding, none; got []")
+        if "sliding" in self.attention_pattern and self.window is None:
+            raise ValueError("window is required where attention_pattern has sliding: give tokens")
+
+    def _check_positions(self) -> None:
+        if self.positions == "learned":
+            if self.max_positions is None:
+                raise ValueError("max_positions is required with positions: learned")
+            if self.rope_pattern or self.rope_scaling:
+                raise ValueError("rope_pattern and rope_scaling need positions: rope, got learned")
+        elif self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if any(not 0 <= base < float("inf") for base in self.rope_pattern):
+            raise ValueError(
+                f"rope_pattern takes bases, or 0 for no positions; got {list(self.rope_pattern)}"
+            )
 
     @property
     def schedule(self) -> tuple[int, ...]:
         """Index of the distinct block that each executed layer uses, in order of execution."""
         return sharing_schedule(self.n_layers, self.sharing, self.repeats)
+
+    @property
+    def block_attention(self) -> tuple[AttentionKind, ...]:
+        """What each distinct block attends to."""
+        pattern = self.attention_pattern
+        return tuple(pattern[block % len(pattern)] for block in range(self.n_layers))
+
+    @property
+    def block_rope_base(self) -> tuple[float, ...]:
+        """Rotary base of each distinct block; 0 where it has no rotary positions."""
+        pattern = self.rope_pattern or (0.0 if self.positions == "learned" else self.rope_base,)
+        return tuple(pattern[block % len(pattern)] for block in range(self.n_layers))
+
+    @property
+    def width_factor(self) -> float:
+        """How many times wider than `mup_base_width` under muP; 1 otherwise."""
+        return self.d_model / self.mup_base_width if self.parametrization == "mup" else 1.0
 
 
 def fill_model(given: dict[str, Any]) -> dict[str, Any]:
@@ -132,81 +245,3 @@ def sharing_schedule(n_layers: int, sharing: Sharing, repeats: int) -> tuple[int
         case "reverse":
             forth, back = tuple(blocks), tuple(reversed(blocks))
             return tuple(i for turn in range(repeats) for i in (back if turn % 2 else forth))
-
-
-@cache
-def presets() -> dict[str, dict[str, Any]]:
-    """Published shapes by name, each with its `source`, as `presets.yaml` has them."""
-    text = files("thriftlm_models").joinpath("presets.yaml").read_text(encoding="utf-8")
-    return cast(dict[str, dict[str, Any]], yaml.safe_load(text))
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Model fields of a published shape.
-
-    Raises:
-        ValueError: no such preset; names the nearest.
-    """
-    from difflib import get_close_matches
-
-    known = presets()
-    if name not in known:
-        near = get_close_matches(str(name), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"unknown model preset '{name}'; {hint}")
-    return {key: value for key, value in known[name].items() if key != "source"}
-
-
-def block_matmul_params(model: ModelSpec) -> int:
-    """Parameters of one block that take part in matrix products (no norm gains)."""
-    queries = model.n_heads * model.head_dim
-    keys_values = 2 * model.n_kv_heads * model.head_dim
-    attention = model.d_model * (2 * queries + keys_values)
-    return attention + 3 * model.d_model * model.d_ff
-
-
-def block_params(model: ModelSpec) -> int:
-    """Parameters of one block, with its two RMSNorm gains."""
-    return block_matmul_params(model) + 2 * model.d_model
-
-
-def embedding_params(model: ModelSpec) -> int:
-    """Parameters of the embedding table, and of the output head where it is not the same table."""
-    return model.vocab * model.d_model * (1 if model.tie_embeddings else 2)
-
-
-def stored_params(model: ModelSpec) -> int:
-    """Parameters that memory, checkpoints and the optimizer hold: shared blocks count once."""
-    return model.n_layers * block_params(model) + model.d_model + embedding_params(model)
-
-
-def applied_params(model: ModelSpec) -> int:
-    """Parameters as the forward pass applies them: a shared block counts each time it runs."""
-    return len(model.schedule) * block_params(model) + model.d_model + embedding_params(model)
-
-
-def non_embedding_params(model: ModelSpec) -> int:
-    """Stored parameters without embedding and output head: the N of the scaling laws."""
-    return stored_params(model) - embedding_params(model)
-
-
-FLOP_FORMULA = "6N+attn"
-"""Name under which every FLOP count and MFU of this package is stored."""
-
-
-def flops_per_token(model: ModelSpec, seq_len: int) -> int:
-    """Training FLOPs per token, forward and backward, by the formula named `6N+attn`.
-
-    6 x (applied matmul parameters, output head included, input embedding excluded)
-    + 12 x executed layers x heads x head_dim x seq_len, not halved for causal attention.
-    TinyLlama's published 56% on A100 is this formula (56.3% at 24k tokens/s).
-    """
-    layers = len(model.schedule)
-    matmul = layers * block_matmul_params(model) + model.vocab * model.d_model
-    attention = 12 * layers * model.n_heads * model.head_dim * seq_len
-    return 6 * matmul + attention
-
-
-def kv_bytes_per_token(model: ModelSpec, bytes_per_value: int = 2) -> int:
-    """Bytes of keys and values cached per token; every executed layer has a slot of its own."""
-    return 2 * len(model.schedule) * model.n_kv_heads * model.head_dim * bytes_per_value

@@ -42,6 +42,8 @@ class Gpu(Spec):
     """The maker's name, with the form factor."""
     bf16_tflops: PositiveFloat | None
     """Dense bf16 peak in 1e12 FLOP/s; None where there is none or none is known."""
+    compute_capability: PositiveFloat | None
+    """CUDA compute capability, which decides what kernels run; None for cpu."""
     memory_gib: PositiveFloat | None
     """Nominal memory in GiB; what a process can use is less."""
     memory_gb_per_s: PositiveFloat | None
@@ -149,6 +151,7 @@ def _gpu(row: Row) -> Gpu:
         id=row["id"],
         product=row["product"],
         bf16_tflops=number("bf16_dense_tflops"),
+        compute_capability=number("compute_capability"),
         memory_gib=number("hbm_gib"),
         memory_gb_per_s=number("hbm_gbps"),
         nvlink_gb_per_s=number("nvlink_gbps_per_gpu_bidirectional"),

@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -203,6 +203,71 @@ def train(
     if summary["status"] == "stopped":
         sys.exit(130)
     sys.exit(0 if summary["status"] == "done" else 1)
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        help="A checkpoint, a run's folder (its newest one), or a Hugging Face folder.",
+    ),
+]
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model is to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Share of the probability that is drawn from.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the draws.")] = 0,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Run the whole text again for every token.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with a trained model, on the CPU: a smoke test of a checkpoint."""
+    from thriftlm.release.checkpoints import open_model
+    from thriftlm.release.continuation import Sampling, continue_text
+
+    how = Sampling(tokens, temperature, top_p, seed, use_cache=not no_cache)
+    found = continue_text(
+        open_model(checkpoint),
+        text,
+        how,
+        lambda piece: None if as_json else print(piece, end="", flush=True),
+    )
+    emit(found) if as_json else print()
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the weights in the folder.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as a folder that Hugging Face transformers loads.
+
+    Weights as safetensors, configuration, tokenizer, and a card that says how it was trained.
+    """
+    from thriftlm.release.checkpoints import open_model
+    from thriftlm.release.export import export as export_model
+
+    found = export_model(open_model(checkpoint), folder, dtype)
+    if as_json:
+        emit(found)
+        return
+    print(f"{found['folder']}: {found['architecture']}, {found['exported_params']:,} parameters")
+    for note in found["notes"]:
+        print(f"note: {note}")
 
 
 @app.command()

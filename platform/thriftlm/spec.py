@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from thriftlm_models.config import FLOP_FORMULA, ModelSpec, Spec
+from thriftlm_models.config import ModelSpec, Spec
+from thriftlm_models.counts import FLOP_FORMULA
 
 __all__ = [
     "DataSpec",
@@ -44,7 +45,6 @@ NOT_YET: dict[str, str] = {
     "full": "activation checkpointing is not built yet; use act_ckpt: none",
     "muon": "optimizer muon is not built yet; use adamw",
     "bf16_true": "pure bf16 without fp32 masters is not built yet; use amp_bf16",
-    "efficient": "attention kernel efficient is not built yet; use math or flash",
 }
 """Values the design names that this version refuses, each with the way out."""
 
@@ -154,7 +154,7 @@ class SystemSpec(Spec):
     """How parameters, gradients and optimizer state are spread."""
     micro_batch: PositiveInt = 8
     """Sequences per worker in one forward pass."""
-    attention: Literal["math", "flash", "efficient"] = "flash"
+    attention: Literal["math", "flash", "efficient", "cudnn", "flex", "fa2", "fa3", "fa4"] = "flash"
     """Attention kernel, pinned: it runs or it raises."""
     act_ckpt: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing."""
@@ -171,7 +171,7 @@ class SystemSpec(Spec):
     billing: Literal["whole_node", "pro_rata"] | None = None
     """Whether a started node is paid whole; default pro_rata for cpu and apple_normalised."""
 
-    _not_yet = field_validator("strategy", "act_ckpt", "precision", "attention")(
+    _not_yet = field_validator("strategy", "act_ckpt", "precision")(
         lambda cls, value: refuse_not_yet(value)
     )
 
@@ -213,6 +213,8 @@ class RunSpec(Spec):
     """Tokens between two checkpoints; when not given, one at the end."""
     validation_tokens: PositiveInt = 65_536
     """Tokens of the validation split read at each report, always the same ones."""
+    origin: str | None = None
+    """Search and trial that proposed the run, as SEARCH/TRIAL; no part of its identity."""
 
     @model_validator(mode="before")
     @classmethod
@@ -236,6 +238,12 @@ class RunSpec(Spec):
                 "micro_batch x n_gpus x seq_len must divide batch_tokens: "
                 f"{self.system.micro_batch} x {self.system.n_gpus} x {self.data.seq_len} = "
                 f"{per_pass} does not divide {self.optim.batch_tokens}"
+            )
+        longest = self.model.max_positions
+        if longest is not None and self.data.seq_len > longest:
+            raise ValueError(
+                f"data.seq_len must not exceed model.max_positions: {self.data.seq_len} tokens in "
+                f"{longest} learned positions"
             )
         bpe_vocab = self.data.bpe_vocab
         if bpe_vocab is not None and self.model.vocab < bpe_vocab:

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from thriftlm_models import decoder as decoder_module
-from thriftlm_models.config import ModelSpec, flops_per_token, presets, stored_params
-from thriftlm_models.decoder import Decoder, Rotation, linear_cross_entropy
+from thriftlm_models import loss as loss_module
+from thriftlm_models.config import ModelSpec
+from thriftlm_models.decoder import Decoder
+from thriftlm_models.loss import linear_cross_entropy
+from thriftlm_models.rotation import Rotation
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -46,32 +47,12 @@ def batch(model: ModelSpec, sequences: int = 2, seq_len: int = 20) -> tuple[Tens
     return tokens[:, :-1], tokens[:, 1:]
 
 
-@pytest.mark.parametrize("name", presets())
-def test_the_module_holds_what_is_counted(name: str) -> None:
-    model = ModelSpec(preset=name)
-    with torch.device("meta"):
-        decoder = Decoder(model)
-    assert sum(p.numel() for p in decoder.parameters()) == stored_params(model)
-    assert sum(t.numel() for t in decoder.state_dict().values()) == stored_params(model)
-
-
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_the_state_dict_has_each_tensor_once(tie_embeddings: bool) -> None:
     state = built(spec(tie_embeddings=tie_embeddings, **SHARED)).state_dict()
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     assert {name.split(".")[1] for name in state if name.startswith("blocks.")} == set("012")
     assert ("head" in state) is not tie_embeddings
-
-
-@pytest.mark.parametrize("shape", [{}, SHARED, {"tie_embeddings": False}])
-@pytest.mark.parametrize("seq_len", [16, 40])
-def test_flops_equal_what_torch_counts(shape: dict[str, object], seq_len: int) -> None:
-    model = spec(**shape)
-    decoder = built(model, attention="math")
-    tokens, targets = batch(model, seq_len=seq_len)
-    with FlopCounterMode(display=False) as counter:
-        decoder(tokens, targets).backward()
-    assert counter.get_total_flops() == flops_per_token(model, seq_len) * tokens.numel()
 
 
 @pytest.mark.parametrize("attention", ["math", "flash"])
@@ -92,7 +73,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy_over_all_logits(
     monkeypatch: pytest.MonkeyPatch, rows: int, shape: dict[str, object]
 ) -> None:
     model = spec(**shape)
-    monkeypatch.setattr(decoder_module, "LOGIT_CHUNK_BYTES", rows * 4 * model.vocab)
+    monkeypatch.setattr(loss_module, "LOGIT_BLOCK_BYTES", rows * 4 * model.vocab)
     tokens, targets = batch(model)
     chunked, plain = built(model), built(model)
     loss = chunked(tokens, targets)
@@ -119,7 +100,7 @@ def test_loss_equals_torchs_linear_cross_entropy() -> None:
 
 def test_no_tensor_of_the_loss_is_as_large_as_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = spec(vocab=4000, n_layers=1)
-    monkeypatch.setattr(decoder_module, "LOGIT_CHUNK_BYTES", 8 * 4 * model.vocab)
+    monkeypatch.setattr(loss_module, "LOGIT_BLOCK_BYTES", 8 * 4 * model.vocab)
     tokens, targets = batch(model, sequences=8, seq_len=64)
     decoder = built(model)
     with torch.profiler.profile(profile_memory=True) as profiler:
@@ -207,7 +188,7 @@ def test_initial_weights_have_the_documented_spread() -> None:
 def test_rotation_depends_on_distance_only() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 64, generator=generator)
-    rotate = Rotation(64, 64, 10_000.0, CPU)
+    rotate = Rotation(0, 64, 64, 10_000.0, CPU)
     queries, keys = (rotate(x.expand(1, 64, 1, 64))[0, :, 0] for x in (query, key))
     scores = queries @ keys.T
     for distance in (0, 1, 17, 50):
@@ -220,7 +201,7 @@ def test_rotation_depends_on_distance_only() -> None:
 def test_rotation_is_that_of_the_definition_at_a_far_position() -> None:
     position, width, base = 2047, 8, 500_000.0
     x = torch.arange(1.0, width + 1)
-    got = Rotation(position + 1, width, base, CPU)(x.expand(1, position + 1, 1, width))[0, -1, 0]
+    got = Rotation(0, position + 1, width, base, CPU)(x.expand(1, position + 1, 1, width))[0, -1, 0]
     for pair in range(width // 2):
         angle = position * base ** (-2 * pair / width)
         a, b = x[pair].item(), x[pair + width // 2].item()
@@ -233,7 +214,7 @@ def test_rotation_is_that_of_the_definition_at_a_far_position() -> None:
 
 
 def test_rotation_keeps_the_dtype_and_computes_in_fp32() -> None:
-    rotate = Rotation(2048, 16, 10_000.0, CPU)
+    rotate = Rotation(0, 2048, 16, 10_000.0, CPU)
     x = torch.ones(1, 2048, 1, 16, dtype=torch.bfloat16)
     got = rotate(x)
     assert (rotate.cos.dtype, got.dtype) == (torch.float32, torch.bfloat16)

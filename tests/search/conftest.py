@@ -19,7 +19,7 @@ from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.journal import Journal, SearchStarted
 from thriftlm.search.space import Space
 from thriftlm.spec import Progress
-from thriftlm_models.config import non_embedding_params
+from thriftlm_models.counts import non_embedding_params
 
 REPORTS = 9
 """Reports of a whole trial in the base space."""

@@ -9,7 +9,8 @@ from thriftlm.config_file import ConfigFile
 from thriftlm.search.domains import parse_domain
 from thriftlm.search.space import Rejected, Space, load_space
 from thriftlm.spec import InputError, RunSpec
-from thriftlm_models.config import preset, stored_params
+from thriftlm_models.counts import stored_params
+from thriftlm_models.presets import preset
 
 BASE = """\
 name: tiny

@@ -10,12 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec
-from thriftlm.training.engine import build_engine
 from thriftlm.training.loop import Decision, flops_utilisation, is_out_of_memory, train
-from thriftlm.training.ranks import Ranks
 from thriftlm.training.shards import build
 from thriftlm.training.tokenizer import make_tokenizer
-from thriftlm_models.config import flops_per_token
+from thriftlm_models.counts import flops_per_token
 
 STEPS = 20
 BATCH_TOKENS = 256
@@ -284,11 +282,11 @@ def test_unknown_gpu_is_refused_with_the_nearest(bench, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can run")
-def test_kernel_that_cannot_run_is_bad_input(bench):
-    with pytest.raises(
-        InputError, match=r"system\.attention: attention kernel flash cannot run on"
-    ):
-        build_engine(bench.spec(), Ranks(rank=0, world_size=1, device=torch.device("cuda")))
+def test_kernel_that_cannot_run_is_bad_input_before_the_corpus_is_read(bench, tmp_path):
+    spec = bench.spec(system={"attention": "fa3"}, data={"corpus": "not there"})
+    message = refused(bench, spec, tmp_path)
+    assert message.startswith("system.attention: attention kernel fa3 cannot run on cpu")
+    assert message.endswith("what can run there: math, flash")
 
 
 def test_checkpoint_of_another_recipe_is_refused(bench, whole, tmp_path):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from thriftlm.spec import Measurement, RunSpec
-from thriftlm_models.config import applied_params, stored_params
+from thriftlm_models.counts import applied_params, stored_params
 
 TORCH = ("ddp", "fsdp_full", "fsdp_grad_op")
 ZERO = ("zero1", "zero2", "zero3")

@@ -28,7 +28,7 @@ from thriftlm.search.journal import (
     Suggested,
 )
 from thriftlm.spec import Progress, RunSpec, digest
-from thriftlm_models.config import (
+from thriftlm_models.counts import (
     FLOP_FORMULA,
     applied_params,
     flops_per_token,

@@ -1,18 +1,30 @@
 """What a search would do, without doing it: points before and after the rules, and budgets."""
 
+from functools import cache
 from typing import Any
 
 from rich.markup import escape
 
-from thriftlm.review.tables import plain_console
+from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits
 from thriftlm.search.space import Space
+from thriftlm_models.config import ModelSpec
+from thriftlm_models.counts import applied_params, stored_params
+from thriftlm_models.presets import presets
+
+SHOWN_MODELS = 24
+"""Models listed in the terminal; `--json` lists all."""
+NO_SHAPE = {"preset", "init", "parametrization", "mup_base_width"}
+"""Fields of a model that say how it learns or what it is called, not what it computes."""
 
 
 def describe_space(space: Space) -> dict[str, Any]:
     """Points of a space, what removes some, and its budgets."""
     counts = space.count()
     search = space.search
+    models = [describe_model(model) for model in counts.models]
+    if counts.sampled:
+        models.sort(key=lambda model: (model["stored_params"], model["applied_params"]))
     return {
         "name": space.name,
         "points": counts.size,
@@ -21,6 +33,7 @@ def describe_space(space: Space) -> dict[str, Any]:
         "valid": counts.valid,
         "distinct": counts.distinct,
         "rejected": counts.rejected,
+        "models": models,
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
@@ -31,6 +44,46 @@ def describe_space(space: Space) -> dict[str, Any]:
         "search_budget": space.search_budget.model_dump(),
         "warnings": space.warnings(),
     }
+
+
+def describe_model(model: ModelSpec) -> dict[str, Any]:
+    """A model's shape with its counts, and the preset that has the same shape."""
+    fields = ("n_layers", "sharing", "repeats", "d_model", "n_heads", "n_kv_heads", "d_ff")
+    return {name: getattr(model, name) for name in fields} | {
+        "stored_params": stored_params(model),
+        "applied_params": applied_params(model),
+        "published_as": published_shapes().get(model.model_dump_json(exclude=NO_SHAPE)),
+    }
+
+
+@cache
+def published_shapes() -> dict[str, str]:
+    """Names of the presets by the JSON of their shape; of equal ones the first."""
+    models = {name: ModelSpec.model_validate({"preset": name}) for name in presets()}
+    return {m.model_dump_json(exclude=NO_SHAPE): name for name, m in reversed(models.items())}
+
+
+def show_models(models: list[dict[str, Any]]) -> None:
+    """Print the models of a space, where they are few enough to read."""
+    if not 1 < len(models) <= SHOWN_MODELS:
+        return
+    names = ("layers", "width", "heads", "d_ff", "stored params")
+    columns = [*(Column(name, is_number=True) for name in names), Column("sharing")]
+    columns.append(Column("published as", dispensable=1))
+    cells = [
+        [
+            str(model["n_layers"]),
+            f"{model['d_model']:,}",
+            f"{model['n_heads']}/{model['n_kv_heads']}",
+            f"{model['d_ff']:,}",
+            f"{model['stored_params']:,}",
+            model["sharing"] + (f" x{model['repeats']}" if model["repeats"] > 1 else ""),
+            model["published_as"] or "-",
+        ]
+        for model in models
+    ]
+    console = plain_console()
+    console.print(fitted(columns, cells, console.width))
 
 
 def show_space(found: dict[str, Any]) -> None:
@@ -45,6 +98,7 @@ def show_space(found: dict[str, Any]) -> None:
     )
     for reason, number in found["rejected"].items():
         console.print(f"  {number:>8,} removed: {reason}", soft_wrap=True, markup=False)
+    show_models(found["models"])
     rungs = ", ".join(f"{rung:,}" for rung in found["rungs_tokens"])
     varied = ", ".join(found["varied"])
     console.print(f"  vary: {varied}", soft_wrap=True)

@@ -12,14 +12,9 @@ from thriftlm.review.wording import limits, optional, usd
 from thriftlm.search.space import load_space
 from thriftlm.spec import DataSpec
 from thriftlm.training.shards import build
-from thriftlm_models.config import (
-    FLOP_FORMULA,
-    ModelSpec,
-    applied_params,
-    flops_per_token,
-    presets,
-    stored_params,
-)
+from thriftlm_models.config import ModelSpec
+from thriftlm_models.counts import FLOP_FORMULA, applied_params, flops_per_token, stored_params
+from thriftlm_models.presets import presets
 
 LISTED_SEQ_LEN = 2048
 STALE_PRICE_DAYS = 90

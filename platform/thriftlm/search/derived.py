@@ -9,7 +9,8 @@ from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from thriftlm_models.config import ModelSpec, fill_model, stored_params
+from thriftlm_models.config import ModelSpec, fill_model
+from thriftlm_models.counts import stored_params
 
 Fields = Mapping[str, Any]
 

@@ -129,14 +129,17 @@ def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
     )
 
 
-def best_run(trial: TrialState, score: Score) -> RunSpec:
+def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:
     """The run to train for real: the winner over the tokens that the training budget buys."""
     tokens = trial.run.tokens
     if score.tokens_at_budget is not None:
         tokens = max(trial.run.optim.batch_tokens, round(score.tokens_at_budget))
-    return RunSpec.model_validate(
-        trial.run.model_dump() | {"tokens": tokens, "report_every_tokens": max(1, tokens // 20)}
-    )
+    changed = {
+        "tokens": tokens,
+        "report_every_tokens": max(1, tokens // 20),
+        "origin": f"{search_id}/{trial.trial_id}",
+    }
+    return RunSpec.model_validate(trial.run.model_dump() | changed)
 
 
 def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
@@ -148,7 +151,7 @@ def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult,
     (folder / "best.yaml").unlink(missing_ok=True)  # an earlier winner can have failed since
     if result.best is not None:
         winner = state.trials[result.best.trial_id]
-        run = best_run(winner, scores[winner.trial_id]).model_dump(mode="json")
+        run = best_run(result.search_id, winner, scores[winner.trial_id]).model_dump(mode="json")
         head = f"# Winner of search {result.search_id}. Train it: thriftlm train THIS_FILE\n"
         (folder / "best.yaml").write_text(head + yaml.safe_dump(run, sort_keys=False))
     return result, scores

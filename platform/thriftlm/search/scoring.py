@@ -8,7 +8,7 @@ from thriftlm.search.objective import LossUnit, Observation, Score, curve_of, sc
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Status
-from thriftlm_models.config import non_embedding_params
+from thriftlm_models.counts import non_embedding_params
 
 INTERVAL_SAMPLES = 64
 """Refits behind the interval of an answer."""

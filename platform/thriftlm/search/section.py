@@ -10,11 +10,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from thriftlm.catalog import gpu
-from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, explain
+from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, explain, is_domain
 from thriftlm.search.derived import Derivation, Derived, parse_derived
 from thriftlm.search.domains import Domain, Steps, Uniform, Value, parse_domain
 from thriftlm.spec import InputError, ModelSpec, Spec, SystemSpec
-from thriftlm_models.config import preset
+from thriftlm_models.presets import preset
 
 Items = tuple[tuple[str, Value], ...]
 
@@ -155,6 +155,9 @@ def _read_field(config: ConfigFile, at: KeyPath, value: Any, cls: type[Spec]) ->
     if isinstance(value, list) and tuple in field_kinds(cls, name):
         _check_value(config, at, value, cls, name)
         return tuple(value)
+    if isinstance(value, dict) and not is_domain(value) and _takes_a_section(cls, name):
+        _check_value(config, at, value, cls, name)
+        return value
     try:
         found = (parse_derived(value) if isinstance(value, dict) else None) or parse_domain(value)
     except ValueError as error:
@@ -167,6 +170,10 @@ def _read_field(config: ConfigFile, at: KeyPath, value: Any, cls: type[Spec]) ->
     elif not field_kinds(cls, name) & {int, float}:
         raise config.error(at, "derive, ratio and solve compute numbers; this field takes none")
     return found
+
+
+def _takes_a_section(cls: type[Spec], name: str) -> bool:
+    return any(isinstance(kind, type) and issubclass(kind, Spec) for kind in field_kinds(cls, name))
 
 
 def _only_value(domain: Domain) -> tuple[Value, ...]:

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from pydantic import model_validator as validator
 
 from thriftlm.spec import ModelSpec, Spec
-from thriftlm_models.config import (
+from thriftlm_models.counts import (
     applied_params,
     flops_per_token,
     kv_bytes_per_token,

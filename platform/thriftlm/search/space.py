@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from pydantic import ValidationError
 
-from thriftlm.catalog import price
+from thriftlm.catalog import gpu, price
 from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, space_files
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
 from thriftlm.search.settings import QUANTITIES, SpaceFile
 from thriftlm.spec import DataSpec, InputError, ModelSpec, OptimSpec, RunSpec, Spec, SystemSpec
+from thriftlm_models import kernels
 
 __all__ = ["Counts", "Point", "Rejected", "Space", "load_space", "space_files"]
 
@@ -41,6 +42,8 @@ class Counts(NamedTuple):
     """Those that are runs."""
     distinct: int
     """Different runs among them: a single GPU makes all strategies one."""
+    models: tuple[ModelSpec, ...]
+    """Different models among them, in the order found."""
     rejected: dict[str, int]
     """Points removed, by rule, most first."""
     sampled: bool
@@ -121,7 +124,12 @@ class Space:
             built[name] = self._sections[name].build(values[name])
             if isinstance(built[name], Rejected):
                 return cast(Rejected, built[name])
-        return self._unpriced(built["system"]) or self._constrained(built) or self._run(built, seed)
+        return (
+            self._unpriced(built["system"])
+            or self._unrunnable(built["model"], built["system"])
+            or self._constrained(built)
+            or self._run(built, seed)
+        )
 
     def _run(self, built: dict[str, Any], seed: int) -> RunSpec | Rejected:
         fidelity = self.search.fidelity
@@ -142,6 +150,16 @@ class Space:
             price(system)
         except InputError as error:
             return Rejected(str(error).split(";", maxsplit=1)[0], str(error))
+        return None
+
+    def _unrunnable(self, model: ModelSpec, system: SystemSpec) -> Rejected | None:
+        target = kernels.Target(
+            gpu(system.gpu).compute_capability, half_precision=system.precision != "fp32"
+        )
+        try:
+            kernels.check(system.attention, model, f"on {system.gpu}", target)
+        except ValueError as error:
+            return Rejected(str(error).split(": ", maxsplit=1)[0], str(error))
         return None
 
     def _constrained(self, built: dict[str, Any]) -> Rejected | None:
@@ -176,7 +194,7 @@ class Space:
         """
         sampled = self.size is None or self.size > MAX_ENUMERATED
         points = self._sample_points() if sampled else self.grid()
-        runs: set[RunSpec] = set()
+        runs: dict[RunSpec, None] = {}
         removed: Counter[str] = Counter()
         total = 0
         for total, point in enumerate(points, start=1):  # noqa: B007
@@ -184,9 +202,11 @@ class Space:
             if isinstance(found, Rejected):
                 removed[found.reason] += 1
             else:
-                runs.add(found)
+                runs[found] = None
         valid = total - removed.total()
-        return Counts(total, valid, len(runs), dict(removed.most_common()), sampled, self.size)
+        models = tuple(dict.fromkeys(run.model for run in runs))
+        rejected = dict(removed.most_common())
+        return Counts(total, valid, len(runs), models, rejected, sampled, self.size)
 
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant."""

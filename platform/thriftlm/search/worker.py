@@ -51,8 +51,9 @@ def train_on_worker(config: dict[str, Any]) -> str:
     from thriftlm.training import checkpoint
     from thriftlm.training.loop import Decision, OutOfMemoryOnOneRankError, train
 
-    spec = RunSpec.model_validate_json(config["run"])
     board, trial_id = config["board"], config["trial_id"]
+    origin = {"origin": f"{Path(config['folder']).name}/{trial_id}"}
+    spec = RunSpec.model_validate_json(config["run"]).model_copy(update=origin)
     rank = ray_train.get_context().get_world_rank()
 
     def report(progress: Progress, written: Path | None) -> Decision:

@@ -11,9 +11,10 @@ from pathlib import Path
 from pydantic import NonNegativeInt
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec
-from thriftlm.training.engine import Engine
+from thriftlm.training.engine import Engine, load_weights
 from thriftlm.training.ranks import Ranks
-from thriftlm.training.shard_files import sync, write_synced
+from thriftlm.training.shard_files import TOKENIZER, sync, write_synced
+from thriftlm_models.decoder import Decoder
 
 KEPT = 2
 STATE = "state.json"
@@ -30,8 +31,11 @@ class RunState(Spec):
     """All reports so far."""
 
 
-def save(folder: Path, engine: Engine, ranks: Ranks, state: RunState) -> Path:
-    """The folder of a new complete checkpoint; older ones but the last two are removed."""
+def save(folder: Path, engine: Engine, ranks: Ranks, state: RunState, tokenizer: Path) -> Path:
+    """The folder of a new complete checkpoint; older ones but the last two are removed.
+
+    The tokenizer goes in too, so that a checkpoint can be used wherever it is copied to.
+    """
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
     if ranks.rank == 0:
@@ -42,6 +46,7 @@ def save(folder: Path, engine: Engine, ranks: Ranks, state: RunState) -> Path:
     engine.save(partial)
     ranks.barrier()
     if ranks.rank == 0:
+        write_synced(partial / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
         write_synced(partial / STATE, state.model_dump_json())
         if final.exists():
             remove(final)
@@ -103,6 +108,22 @@ def read_state(folder: Path) -> RunState:
         return RunState.model_validate_json((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a checkpoint: {error}") from error
+
+
+def load_decoder(folder: Path) -> tuple[Decoder, RunState]:
+    """The model of a checkpoint alone, whole in this process and in fp32, whatever wrote it.
+
+    Raises:
+        InputError: it is no checkpoint, or is damaged.
+    """
+    state = read_state(folder)
+    decoder = Decoder(state.run.model)
+    try:
+        load_weights(decoder, folder, by_deepspeed=_layout(state.run) != "torch")
+    except Exception as error:  # DCP and DeepSpeed raise many kinds on a damaged file
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"{folder} cannot be read: {reason}; use another checkpoint") from error
+    return decoder, state
 
 
 def _layout(run: RunSpec) -> str:

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thriftlm.spec import InputError, OptimSpec, RunSpec
+from thriftlm.spec import InputError, RunSpec
+from thriftlm.training.optimizer import adamw, set_lr
 from thriftlm.training.ranks import Ranks
 from thriftlm_models.attention import check_kernel
 from thriftlm_models.decoder import Decoder
@@ -49,19 +50,24 @@ class Engine(Protocol):
         """Read what `save` wrote; all ranks call it."""
 
 
+def check_attention(spec: RunSpec, device: torch.device) -> None:
+    """Nothing, once the run's attention kernel ran on this device.
+
+    Raises:
+        InputError: it cannot run; lists those that can.
+    """
+    dtype = torch.float32 if spec.system.precision == "fp32" else torch.bfloat16
+    try:
+        check_kernel(spec.system.attention, device.type, dtype, spec.model)
+    except ValueError as error:
+        raise InputError(f"system.attention: {error}") from error
+
+
 def build_engine(spec: RunSpec, ranks: Ranks) -> Engine:
     """The engine of the run's strategy, with freshly initialised weights.
 
     One worker has nobody to share with: whatever its strategy is called, it trains as `single`.
-
-    Raises:
-        InputError: the attention kernel cannot run on this device; lists those that can.
     """
-    dtype = torch.float32 if spec.system.precision == "fp32" else torch.bfloat16
-    try:
-        check_kernel(spec.system.attention, ranks.device.type, dtype, spec.model.head_dim)
-    except ValueError as error:
-        raise InputError(f"system.attention: {error}") from error
     model = Decoder(spec.model, spec.system.attention)
     model.init_weights(spec.seed)
     model.to(ranks.device)
@@ -79,7 +85,7 @@ class TorchEngine:
         self.spec = spec
         self.device = ranks.device
         self.module = spread(model, spec) if ranks.world_size > 1 else model
-        self.optimizer = adamw(self.module, spec.optim)
+        self.optimizer = adamw(self.module, spec)
         # FSDP2 casts by its own policy; elsewhere autocast does.
         self.autocast = spec.system.precision == "amp_bf16" and not isinstance(
             self.module, FSDPModule
@@ -107,8 +113,7 @@ class TorchEngine:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -143,6 +148,19 @@ class TorchEngine:
         )
 
 
+def load_weights(decoder: Decoder, folder: Path, *, by_deepspeed: bool) -> None:
+    """Fill a model that is whole in this process with the weights an engine saved."""
+    if by_deepspeed:
+        from thriftlm.training.zero import whole_weights
+
+        decoder.load_state_dict(whole_weights(folder))
+        return
+    weights = decoder.state_dict()
+    with without_group_warning():
+        load_checkpoint({"model": weights}, checkpoint_id=folder, no_dist=True)
+    decoder.load_state_dict(weights)
+
+
 @contextmanager
 def without_group_warning() -> Iterator[None]:
     """A context without torch's warning that a single process writes a checkpoint alone."""
@@ -163,14 +181,3 @@ def spread(model: Decoder, spec: RunSpec) -> nn.Module:
         fully_shard(block, reshard_after_forward=reshard, mp_policy=policy)
     fully_shard(model, reshard_after_forward=reshard, mp_policy=policy)
     return model
-
-
-def adamw(module: nn.Module, optim: OptimSpec) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
-    decays = [p for p in module.parameters() if p.ndim >= 2]
-    others = [p for p in module.parameters() if p.ndim < 2]
-    groups = [
-        {"params": decays, "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

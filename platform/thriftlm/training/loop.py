@@ -13,11 +13,11 @@ from thriftlm import catalog
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
 from thriftlm.training import checkpoint
 from thriftlm.training.batches import Batches, validation_batches
-from thriftlm.training.engine import build_engine
+from thriftlm.training.engine import build_engine, check_attention
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
 from thriftlm.training.shards import Shards, build
-from thriftlm_models.config import FLOP_FORMULA, flops_per_token
+from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
 
 DIVERGED_NATS = 1.0
 """A training loss this far above the best report of its run, in nats, counts as divergence.
@@ -103,6 +103,7 @@ class Run:
     def set_up(self, cache: Path, resume_from: Path | None) -> None:
         """Data, weights and, when resuming, where the run had been."""
         spec, ranks = self.spec, self.ranks
+        check_attention(spec, ranks.device)
         self.shards = build(spec.data, cache)
         check_vocab(spec, self.shards)
         self.engine = build_engine(spec, ranks)
@@ -270,7 +271,9 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
         state = checkpoint.RunState(run=self.spec, step=self.step, curve=tuple(self.curve))
-        self.saved = checkpoint.save(self.output, self.engine, self.ranks, state)
+        self.saved = checkpoint.save(
+            self.output, self.engine, self.ranks, state, self.shards.tokenizer_path
+        )
         self.saved_step = self.step
         return self.saved
 

@@ -6,9 +6,10 @@ gradient clipping defaults to 1.0. So each one that touches the numbers is set h
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 
 from thriftlm.spec import RunSpec
+from thriftlm.training.optimizer import adamw, set_lr
 from thriftlm.training.ranks import Ranks
 from thriftlm_models.decoder import Decoder
 
@@ -37,13 +39,11 @@ class ZeroEngine:
     """ZeRO stage 1 (optimizer state), 2 (and gradients) or 3 (and parameters)."""
 
     def __init__(self, model: Decoder, spec: RunSpec, ranks: Ranks) -> None:
-        from thriftlm.training.engine import adamw
-
         deepspeed.init_distributed(
             dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
         )
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, spec.optim), config=settings(spec, ranks)
+            model=model, optimizer=adamw(model, spec), config=settings(spec, ranks)
         )
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -61,8 +61,7 @@ class ZeroEngine:
 
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -83,6 +82,15 @@ class ZeroEngine:
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise FileNotFoundError(f"no ZeRO checkpoint in {folder}")
+
+
+def whole_weights(folder: Path) -> dict[str, Tensor]:
+    """The fp32 parameters of a checkpoint that any number of ranks wrote, put together."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(sys.stderr):  # it prints
+        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return found
 
 
 def autocast(spec: RunSpec) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 def continue_text(
     model: TrainedModel, prompt: str, how: Sampling, on_text: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What `thriftlm generate --json` prints; `on_text` gets prompt and text, in pieces as it comes.
+    """What `thriftlm generate --json` prints; `on_text` gets prompt and text in pieces.
 
     Ends at the end of a document. Tokens per second are measured on this machine's CPU, without
     the prompt.

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from thriftlm.spec import Measurement, RunSpec
+from thriftlm.training.checkpoint import load_decoder
 from thriftlm_models.counts import applied_params, stored_params
 
 TORCH = ("ddp", "fsdp_full", "fsdp_grad_op")
@@ -23,10 +24,17 @@ LOSS_TOLERANCE = 1e-5
 BF16_TOLERANCE = 0.01
 """bf16 keeps 8 bits, a relative error of 0.4% in each product; measured here: 0.002 nats."""
 MIDDLE = 10
-HUGE_BATCH = 2048
+HUGE_BATCH = 8192
 
 STEPS = 20
 SHORT = {"tokens": 5 * 256}
+RICH = {
+    "n_layers": 3, "attention_pattern": ["sliding", "none", "full"], "window": 8,
+    "rope_pattern": [1e4, 0.0, 1e6], "qk_norm": "learned", "post_norm": True, "bias": True,
+    "activation": "geglu", "scale_embedding": True, "init": "tinyllama",
+    "parametrization": "mup", "mup_base_width": 16,
+}  # fmt: skip
+"""What no run above has; under muP the optimizer has groups with rates of their own."""
 WIDE = {"d_model": 336, "d_ff": 672, "n_layers": 1}
 PAIR = {"n_gpus": 2, "micro_batch": 2}
 BF16 = {"precision": "amp_bf16"}
@@ -46,8 +54,10 @@ def jobs(bench: Any, folder: Path, single_checkpoint: str) -> list[dict[str, Any
         short = bench.spec(system=system | BF16, **SHORT)
         wild = bench.spec(system=system, optim={"lr": 1e30, "warmup_fraction": 0.0})
         free = bench.spec(system=system, optim={"grad_clip": 0.0})
+        rich = bench.spec(system=system, model=RICH, **SHORT)
         listed += [
             job(f"whole/{strategy}", run, bench),
+            job(f"rich/{strategy}", rich, bench),
             job(f"bf16/{strategy}", short, bench),
             job(f"wild/{strategy}", wild, bench),
         ]
@@ -83,6 +93,7 @@ def single(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Me
         "clipped_at_1": bench.spec(optim={"grad_clip": 1.0}),
         "short": short,
         "wide": bench.spec(model=WIDE, **SHORT),
+        "rich": bench.spec(model=RICH, **SHORT),
         "bf16": short.model_copy(update={"system": short.system.model_copy(update=BF16)}),
     }
     found = {name: bench.train(run, folder / name) for name, run in runs.items()}
@@ -147,6 +158,11 @@ def test_losses_are_those_of_the_single_process(strategy, pair, single, bench):
     assert_same_curve(pair[f"whole/{strategy}"], single["whole"], LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_kind_of_block_trains_alike_under_mup_too(strategy, pair, single):
+    assert_same_curve(pair[f"rich/{strategy}"], single["rich"], LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("strategy", ZERO)
 def test_clipping_is_off_when_it_is_off(strategy, pair, single):
     """DeepSpeed's own default clips at 1.0 in silence: the norms here pass that and it shows."""
@@ -195,6 +211,20 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(strategy, pair):
 
 def test_checkpoint_of_one_process_goes_on_with_ddp(pair, single):
     assert_same_curve(pair["from_single/ddp"], single["whole"], LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("job", ["whole", "rich"])
+def test_the_model_of_a_checkpoint_opens_whole_in_one_process(strategy, job, pair, single):
+    opened, state = load_decoder(Path(pair[f"{job}/{strategy}"].checkpoint))
+    expected, _ = load_decoder(Path(single[job].checkpoint))
+    assert state.run.system.strategy == strategy
+    assert opened.state_dict().keys() == expected.state_dict().keys()
+    tokens = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        logits, wanted = opened(tokens), expected(tokens)
+    assert wanted.std() > 0.01
+    assert (logits - wanted).abs().max() < 1e-3 * wanted.std()
 
 
 def tensors_in_torch_checkpoint(folder: Path, prefix: str) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from thriftlm.spec import InputError
@@ -57,6 +58,8 @@ def open_model(path: Path) -> TrainedModel:
     if (path / "config.json").is_file():
         try:
             return TrainedModel(path, hf.from_pretrained(path), None)
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be read: {error}; download it again") from error
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
     if (path / checkpoint.STATE).is_file():

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from pydantic import NonNegativeInt
+from torch.distributed.checkpoint.api import CheckpointException
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec
 from thriftlm.training.engine import Engine, load_weights
@@ -120,8 +121,8 @@ def load_decoder(folder: Path) -> tuple[Decoder, RunState]:
     decoder = Decoder(state.run.model)
     try:
         load_weights(decoder, folder, by_deepspeed=_layout(state.run) != "torch")
-    except Exception as error:  # DCP and DeepSpeed raise many kinds on a damaged file
-        reason = (str(error).splitlines() or [repr(error)])[0]
+    except (Exception, CheckpointException) as error:  # many kinds; DCP's is no Exception
+        reason = (str(error).strip().splitlines() or [repr(error)])[-1]
         raise InputError(f"{folder} cannot be read: {reason}; use another checkpoint") from error
     return decoder, state
 

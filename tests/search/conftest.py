@@ -36,7 +36,7 @@ BASE = {
     "space": {
         "model": {"n_layers": [2, 4, 8], "d_model": 64, "n_heads": 2},
         "optim": {"lr": {"loguniform": [1e-4, 1e-1]}, "batch_tokens": 8192},
-        "system": {"gpu": "cpu", "micro_batch": 1},
+        "system": {"attention": "math", "gpu": "cpu", "micro_batch": 1},
     },
 }
 BEST_LR = 3e-3

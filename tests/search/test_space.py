@@ -301,13 +301,17 @@ def test_repeats_do_not_matter_without_sharing(space):
 
 
 def test_a_gpu_has_one_name(space):
-    found = space(system={"gpu": ["T4", "Tesla T4", "L4"], "precision": "fp32"})
+    system = {"gpu": ["T4", "Tesla T4", "L4"], "precision": "fp32", "attention": "math"}
+    found = space(system=system)
     assert found.count().distinct == 4  # two depths, two GPUs
     assert only(found, {"model.n_layers": 2, "system.gpu": "Tesla T4"}).system.gpu == "T4-16GB"
 
 
 def test_indivisible_batches_and_missing_prices_are_removed_and_counted(space):
-    system = {"micro_batch": [8, 12], "gpu": ["cpu", "A100-40GB"], "cloud": ["aws", "gcp"]}
+    system = {
+        "micro_batch": [8, 12], "gpu": ["cpu", "A100-40GB"], "cloud": ["aws", "gcp"],
+        "attention": "math",
+    }  # fmt: skip
     counts = space(system=system, model={"n_layers": 2}).count()
     assert counts.rejected == {
         "micro_batch x n_gpus x seq_len must divide batch_tokens": 3,

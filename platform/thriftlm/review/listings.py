@@ -22,7 +22,10 @@ STALE_PRICE_DAYS = 90
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Every preset with its counts; FLOPs per token at 2,048 tokens, formula `6N+attn`."""
+    """Every preset with its counts; FLOPs per token by `6N+attn`.
+
+    Those are at 2,048 tokens, or at the end of learned positions where that comes first.
+    """
     rows = []
     for name, fields in presets().items():
         model = ModelSpec.model_validate({"preset": name})
@@ -31,7 +34,9 @@ def model_rows() -> list[dict[str, Any]]:
                 "name": name,
                 "stored_params": stored_params(model),
                 "applied_params": applied_params(model),
-                "flops_per_token": flops_per_token(model, LISTED_SEQ_LEN),
+                "flops_per_token": flops_per_token(
+                    model, min(LISTED_SEQ_LEN, model.max_positions or LISTED_SEQ_LEN)
+                ),
                 "source": fields["source"],
             }
         )
@@ -54,7 +59,8 @@ def show_models(rows: list[dict[str, Any]]) -> None:
     console = plain_console()
     console.print(fitted(columns, cells, console.width))
     console.print(
-        f"[dim]training FLOPs per token by {FLOP_FORMULA}, at {LISTED_SEQ_LEN:,} tokens[/]"
+        f"[dim]training FLOPs per token by {FLOP_FORMULA}, at {LISTED_SEQ_LEN:,} tokens "
+        "(at 1,024 for learned positions)[/]"
     )
 
 

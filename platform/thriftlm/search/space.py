@@ -159,7 +159,7 @@ class Space:
         try:
             kernels.check(system.attention, model, f"on {system.gpu}", target)
         except ValueError as error:
-            return Rejected(str(error).split(": ", maxsplit=1)[0], str(error))
+            return Rejected(str(error).split("; what can")[0], str(error))
         return None
 
     def _constrained(self, built: dict[str, Any]) -> Rejected | None:

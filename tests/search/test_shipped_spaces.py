@@ -1,0 +1,91 @@
+"""The spaces in `search_spaces/` say what the published works say."""
+
+from itertools import product
+
+import pytest
+
+from thriftlm.config_file import space_files
+from thriftlm.review.dry_run import describe_space
+from thriftlm.search.space import Rejected, Space, load_space
+from thriftlm.spec import RunSpec
+from thriftlm_models.config import ModelSpec
+from thriftlm_models.counts import stored_params
+
+SWEEPS = {"mobilellm_depth_width": ("125m", 134e6), "mobilellm_depth_width_350m": ("350m", 376e6)}
+GROWN = {("125m", 4), ("125m", 6), ("350m", 5)}
+"""Rows of Table 11 that are 6% to 22% larger than the others: a fixed size does not give them."""
+
+
+def runs(space: Space) -> list[RunSpec]:
+    found = [space.resolve(point, 0) for point in space.grid()]
+    assert not [run for run in found if isinstance(run, Rejected)]
+    return [run for run in found if isinstance(run, RunSpec)]
+
+
+@pytest.mark.parametrize("name", space_files())
+def test_every_shipped_space_opens_and_has_no_warning(name: str) -> None:
+    space = load_space(name)
+    described = describe_space(space)
+    assert described["valid"] > 0
+    assert described["warnings"] == []
+    assert described["name"].replace("-", "_") == name
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_depth_sweep_gives_the_published_shapes_or_the_nearest_and_says_which(name: str) -> None:
+    size, _ = SWEEPS[name]
+    described = describe_space(load_space(name))["models"]
+    found = [run.model for run in runs(load_space(name))]
+    assert [row["d_model"] for row in described] == [model.d_model for model in found]
+    for model, row in zip(found, described, strict=True):
+        preset = f"mobilellm-{size}-depth{model.n_layers}"
+        published = ModelSpec(preset=preset)
+        shape = [(m.d_model, m.n_heads, m.n_kv_heads, m.d_ff) for m in (model, published)]
+        if (size, model.n_layers) in GROWN:
+            assert shape[0] != shape[1]
+            assert row["published_as"] is None
+        else:
+            assert shape[0] == shape[1]
+            assert row["published_as"] == preset
+    depths = [model.n_layers for model in found]
+    assert {depth for sized, depth in GROWN if sized == size} < set(depths)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_no_multiple_of_the_head_comes_nearer_to_the_size(name: str) -> None:
+    _, target = SWEEPS[name]
+    for run in runs(load_space(name)):
+        for d_model in (run.model.d_model - 64, run.model.d_model + 64):
+            other = ModelSpec(
+                n_layers=run.model.n_layers,
+                d_model=d_model,
+                n_heads=d_model // 64,
+                vocab=32_000,
+                tie_embeddings=False,
+            )
+            off = abs(stored_params(run.model) - target)
+            assert off <= abs(stored_params(other) - target)
+
+
+def test_sharing_space_has_every_order_and_repeat_once() -> None:
+    found = {
+        (run.model.sharing, run.model.repeats) for run in runs(load_space("mobilellm_sharing"))
+    }
+    orders = ("immediate", "repeat_all_over", "reverse")
+    assert found == {("none", 1), *product(orders, (2, 3, 4))}
+    sizes = {stored_params(run.model) for run in runs(load_space("mobilellm_sharing"))}
+    assert sizes == {138_099_584}
+
+
+def test_tinyllama_space_is_the_published_run() -> None:
+    space = load_space("tinyllama")
+    published = space.resolve(
+        {"optim.lr": 4e-4, "system.strategy": "fsdp_full", "system.micro_batch": 8}, 3407
+    )
+    assert isinstance(published, RunSpec)
+    assert stored_params(published.model) == 1_100_048_384
+    assert published.optim.batch_tokens == 1024 * 2048
+    # 3T tokens in 90 days at 24k tokens/s on each of 16 GPUs.
+    hours = space.training_budget.hours
+    assert hours is not None
+    assert 24_000 * 16 * hours * 3600 == pytest.approx(3e12, rel=0.01)

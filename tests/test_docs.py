@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from thriftlm.config_file import space_files
+from thriftlm_models.config import ModelSpec
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -16,9 +19,30 @@ def blocks(file: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_models_example_runs():
-    (code,) = blocks("models/README.md", "python")
+@pytest.mark.parametrize("code", blocks("models/README.md", "python"))
+def test_examples_of_the_models_run(code):
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fields_shown_for_the_models_make_a_model():
+    (shown,) = blocks("models/README.md", "yaml")
+    model = ModelSpec.model_validate(yaml.safe_load(shown)["model"])
+    assert model.block_attention[:3] == ("sliding", "sliding", "full")
+    assert model.block_rope_base[:3] == (10_000, 10_000, 0)
+
+
+def test_the_dry_run_shown_for_the_spaces_is_the_one_that_comes():
+    (shown,) = blocks("search_spaces/README.md", "console")
+    command, *lines = shown.rstrip().splitlines()
+    assert lines.pop() == "..."
+    done = subprocess.run(
+        [sys.executable, "-m", *command.removeprefix("$ ").split()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [line.rstrip() for line in done.stdout.splitlines()]
+    assert said[: len(lines)] == [line.rstrip() for line in lines]
 
 
 def test_space_of_the_readme_is_the_quickstart():
@@ -28,7 +52,9 @@ def test_space_of_the_readme_is_the_quickstart():
         assert {name: shipped[section][name] for name in fields} == fields
 
 
-@pytest.mark.parametrize("command", ["models", "gpus", "spaces", "search quickstart --dry-run"])
+@pytest.mark.parametrize(
+    "command", ["models", "gpus", "spaces", *(f"search {name} --dry-run" for name in space_files())]
+)
 def test_commands_of_the_readme_answer(command):
     done = subprocess.run(
         [sys.executable, "-m", "thriftlm", *command.split(), "--json"],

@@ -293,8 +293,8 @@ def why_not(
 
 
 def _target(device_type: str, dtype: torch.dtype) -> Target:
-    capability = None
-    if device_type == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        capability = major + minor / 10
-    return Target(capability, half_precision=dtype in (torch.bfloat16, torch.float16))
+    in_bf16 = dtype == torch.bfloat16
+    if device_type != "cuda":
+        return Target("cpu", None, in_bf16)
+    major, minor = torch.cuda.get_device_capability()
+    return Target("cuda", major + minor / 10, in_bf16)

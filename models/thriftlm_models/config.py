@@ -1,13 +1,14 @@
 """What a decoder is: its shape, every field with its meaning. No torch here."""
 
+from math import isfinite
 from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -16,6 +17,9 @@ from thriftlm_models.presets import preset
 Sharing = Literal["none", "immediate", "repeat_all_over", "reverse"]
 AttentionKind = Literal["full", "sliding", "none"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+DEFAULT_ROPE_BASE = 10_000.0
+DEFAULT_MUP_WIDTH = 256
+LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_context")
 GATED = frozenset(("swiglu", "geglu"))
 """Activations whose feed-forward layer has a gate beside the up projection: three matrices."""
 
@@ -103,7 +107,7 @@ class ModelSpec(Spec):
     """RMSNorm of each query and key head, with a gain (Qwen3) or without (MobileLLM-R1)."""
     bias: bool = False
     """Whether the linear layers of the blocks have a bias (GPT-2)."""
-    attention_pattern: tuple[AttentionKind, ...] = ("full",)
+    attention_pattern: tuple[AttentionKind, ...] = Field(default=("full",), min_length=1)
     """What each block attends to: all before it, the last `window` tokens, or nothing.
 
     A list, or its words in one text, so that a search can choose: `sliding sliding full`.
@@ -114,28 +118,26 @@ class ModelSpec(Spec):
     """Rotary positions, or a learned table of `max_positions` rows (GPT-2)."""
     max_positions: PositiveInt | None = None
     """Longest sequence of a model with learned positions."""
-    rope_base: PositiveFloat = 10_000.0
-    """Base of the rotary position frequencies."""
+    rope_base: float = Field(default=DEFAULT_ROPE_BASE, gt=1, allow_inf_nan=False)
+    """Base of the rotary position frequencies, where `rope_pattern` gives none."""
     rope_pattern: tuple[float, ...] = ()
-    """Rotary base block by block, where 0 is no positions (NoPE); empty: `rope_base` everywhere."""
+    """Rotary base block by block, where 0 is no positions (NoPE); empty: `rope_base` everywhere.
+
+    A list, or its words in one text: `1e4 1e4 0`.
+    """
     rope_scaling: RopeScaling | None = None
     """Stretched frequencies of blocks with full attention."""
     init: Literal["gpt2", "mobilellm", "tinyllama"] = "gpt2"
     """Initial weights, see `thriftlm_models.initial`."""
     parametrization: Literal["standard", "mup"] = "standard"
     """`mup` keeps the best learning rate the same over widths (arXiv 2203.03466)."""
-    mup_base_width: PositiveInt = 256
-    """Width at which `mup` is the standard parametrization; unused without it."""
+    mup_base_width: PositiveInt = DEFAULT_MUP_WIDTH
+    """Width at which `mup` is the standard parametrization, for heads of 64; unused without it."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
         return fill_model(given) if isinstance(given, dict) else given
-
-    @field_validator("attention_pattern", mode="before")
-    @classmethod
-    def _words(cls, given: Any) -> Any:
-        return tuple(given.split()) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,8 +155,6 @@ class ModelSpec(Spec):
         return self
 
     def _check_attention(self) -> None:
-        if not self.attention_pattern:
-            raise ValueError("attention_pattern needs at least one of full, sliding, none; got []")
         if "sliding" in self.attention_pattern and self.window is None:
             raise ValueError("window is required where attention_pattern has sliding: give tokens")
 
@@ -164,11 +164,18 @@ class ModelSpec(Spec):
                 raise ValueError("max_positions is required with positions: learned")
             if self.rope_pattern or self.rope_scaling:
                 raise ValueError("rope_pattern and rope_scaling need positions: rope, got learned")
-        elif self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if any(not 0 <= base < float("inf") for base in self.rope_pattern):
+            return
+        if self.max_positions is not None:
             raise ValueError(
-                f"rope_pattern takes bases, or 0 for no positions; got {list(self.rope_pattern)}"
+                f"max_positions belongs to positions: learned, got {self.max_positions} with rope, "
+                "which has no end; leave it out"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if not all(base == 0 or (base > 1 and isfinite(base)) for base in self.rope_pattern):
+            raise ValueError(
+                "rope_pattern takes bases above 1, or 0 for no positions; got "
+                f"{list(self.rope_pattern)}"
             )
 
     @property
@@ -220,7 +227,51 @@ def fill_model(given: dict[str, Any]) -> dict[str, Any]:
                     f"divide {d_model}; change one of them or set head_dim"
                 )
             fields["head_dim"] = d_model // n_heads
-    return fields
+    return canonical(fields)
+
+
+def canonical(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same model with one spelling: what changes nothing is left out.
+
+    So that two ways to write a model are one run, which is paid for once. What has the wrong type
+    stays, for pydantic to name.
+    """
+    found = fields | {
+        name: spelled(fields[name], as_number)
+        for name, as_number in (("attention_pattern", False), ("rope_pattern", True))
+        if name in fields
+    }
+    attention, rope = found.get("attention_pattern", ("full",)), found.get("rope_pattern", ())
+    if isinstance(attention, tuple) and "sliding" not in attention:
+        found.pop("window", None)
+    if found.get("parametrization", "standard") == "standard":
+        found.pop("mup_base_width", None)
+    if found.get("positions") == "learned":
+        found.pop("rope_base", None)
+    elif isinstance(rope, tuple) and (bases := [base for base in rope if base > 1]):
+        found["rope_base"] = bases[-1]
+        if len(rope) == len(bases) == 1:
+            found.pop("rope_pattern")
+    scaling = found.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("kind") == "linear":
+        found["rope_scaling"] = {k: v for k, v in scaling.items() if k not in LLAMA3_FIELDS}
+    return found
+
+
+def spelled(pattern: Any, as_numbers: bool) -> Any:
+    """A pattern, which may be words in one text, as the fewest entries that repeat to it."""
+    words = pattern.split() if isinstance(pattern, str) else pattern
+    if not isinstance(words, list | tuple):
+        return pattern
+    if as_numbers:
+        try:
+            words = [float(word) for word in words]
+        except (TypeError, ValueError):
+            return pattern
+    length = len(words)
+    periods = (p for p in range(1, length) if length % p == 0)
+    fewest = next((p for p in periods if words[:p] * (length // p) == words), length)
+    return tuple(words[:fewest])
 
 
 def round_up(value: float, multiple: int) -> int:

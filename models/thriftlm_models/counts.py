@@ -21,7 +21,7 @@ def block_params(model: ModelSpec, block: int) -> int:
     norms = (2 if model.post_norm else 1) * (2 if attends else 1) * norm_params(model)
     if attends and model.qk_norm == "learned":
         norms += 2 * model.head_dim
-    return block_matmul_params(model, block) + norms + (_biases(model, attends))
+    return block_matmul_params(model, block) + norms + _biases(model, attends)
 
 
 def norm_params(model: ModelSpec) -> int:

@@ -7,6 +7,7 @@ C width of a head, F feed-forward width, V vocabulary, S tokens in a cache.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class Attention(nn.Module):
             if cached is not None:
                 cached.append(k_BKTC, v_BKTC, self.window)
             return self.kernel(q_BHTC, k_BKTC, v_BKTC, self.window, self.scale)
-        # One new token, which sees all that the slot still holds: no mask, and no kernel to choose.
+        # One new token, which sees all that the slot still holds.
         k_BKSC, v_BKSC = cached.append(k_BKTC, v_BKTC, self.window)
         return F.scaled_dot_product_attention(
             q_BHTC, k_BKSC, v_BKSC, scale=self.scale, enable_gqa=True
@@ -201,7 +202,8 @@ class Decoder(nn.Module):
         rotations = self.rotations(tokens_BT, past)
         slots: Sequence[CachedLayer | None]
         slots = [None] * len(self.spec.schedule) if cache is None else cache.layers
-        with pinned(self.attention):
+        # A single new token needs no mask and runs on whatever SDPA chooses.
+        with pinned(self.attention) if past == 0 else nullcontext():
             for index, slot in zip(self.spec.schedule, slots, strict=True):
                 x_BTD = self.blocks[index](x_BTD, rotations[index], slot)
         result: Tensor = self.norm(x_BTD)

@@ -4,6 +4,7 @@ Shapes are suffixes: B batch, T tokens, V vocabulary.
 """
 # ruff: noqa: N803, N806 (shape suffixes are upper case)
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -50,8 +51,13 @@ def _check(
 ) -> None:
     if not tokens_BT.shape[1]:
         raise ValueError("generation needs at least one token to start from, got none")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature:g}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature:g}")
+    if (highest := int(tokens_BT.max())) >= decoder.spec.vocab:
+        raise ValueError(
+            f"the prompt has token {highest}, the model {decoder.spec.vocab} tokens: the tokenizer "
+            "is not the one it was trained with"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie above 0 and at most at 1, got {top_p:g}")
     longest, wanted = decoder.spec.max_positions, tokens_BT.shape[1] + n_tokens

@@ -4,14 +4,16 @@
 |---|---|---|
 | `gpt2` | 0.02 | 0.02 / sqrt(2 x executed layers) |
 | `mobilellm` | 0.02 | the same (facebookresearch/MobileLLM, utils/modeling_llama.py) |
-| `tinyllama` | sqrt(2 / (5 x inputs)) | feed-forward only: 1 / (sqrt(inputs) x executed layers) |
+| `tinyllama` | sqrt(2 / (5 x inputs)) | 1 / (sqrt(d_model) x executed layers) |
 
 Standard deviations of a normal distribution around 0; the table of embeddings counts its width as
-its inputs (jzhang38/TinyLlama, lit_gpt/model.py). Gains start at 1, biases at 0.
+its inputs (jzhang38/TinyLlama, lit_gpt/model.py; its first version scaled the feed-forward's output
+alone, and by its own inputs). Gains start at 1, biases at 0.
 
 muP (arXiv 2203.03466, Tables 3 and 8, for Adam), with m = `width_factor`: matrices of the blocks
 start sqrt(m) times smaller than at the base width and learn at 1/m of the learning rate; tables
-keep their start and rate; the decoder divides its logits by m. At the base width nothing changes.
+keep their start and rate; the decoder divides its logits by m and scales attention by 8/C instead
+of 1/sqrt(C). At the base width, with heads of 64, nothing changes.
 """
 
 import math
@@ -40,26 +42,20 @@ def init_weights(module: nn.Module, model: ModelSpec, seed: int) -> None:
 
 def initial_std(name: str, parameter: Tensor, model: ModelSpec) -> float:
     """Standard deviation of a matrix's initial values."""
-    inputs, layers = parameter.shape[-1], len(model.schedule)
-    if is_hidden(name, parameter) and model.parametrization == "mup":
-        # At base width with the base's inputs, then by the square root of the width.
-        inputs = round(inputs / model.width_factor)
-        return _standard_std(name, inputs, layers, model) / math.sqrt(model.width_factor)
-    if model.parametrization == "mup":
-        inputs = model.mup_base_width
-    return _standard_std(name, inputs, layers, model)
+    m, inputs = model.width_factor, parameter.shape[-1]
+    at_base_width = _standard_std(name, round(inputs / m), round(model.d_model / m), model)
+    return at_base_width / math.sqrt(m) if is_hidden(name, parameter) else at_base_width
 
 
-def _standard_std(name: str, inputs: int, layers: int, model: ModelSpec) -> float:
-    is_down = name.endswith("down.weight")
+def _standard_std(name: str, inputs: int, d_model: int, model: ModelSpec) -> float:
+    layers, writes = len(model.schedule), name.endswith(("out.weight", "down.weight"))
     match model.init:
         case "gpt2":
-            writes = is_down or name.endswith("out.weight")
             return INIT_STD / math.sqrt(2 * layers) if writes else INIT_STD
         case "mobilellm":
             return INIT_STD
         case "tinyllama":
-            return 1 / math.sqrt(inputs) / layers if is_down else math.sqrt(0.4 / inputs)
+            return 1 / math.sqrt(d_model) / layers if writes else math.sqrt(0.4 / inputs)
 
 
 def is_hidden(name: str, parameter: Tensor) -> bool:

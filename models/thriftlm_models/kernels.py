@@ -6,6 +6,7 @@ what only the machine itself can say, by running the kernel there.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from thriftlm_models.config import ModelSpec
 
@@ -14,10 +15,12 @@ from thriftlm_models.config import ModelSpec
 class Target:
     """Where attention would run, and in which arithmetic."""
 
+    device: Literal["cpu", "cuda"]
+    """Kind of device."""
     compute_capability: float | None
-    """CUDA compute capability, 8.0 for an A100; None is the CPU."""
-    half_precision: bool
-    """Whether attention computes in bf16 or fp16: under amp_bf16 it does."""
+    """CUDA compute capability, 8.0 for an A100; None on the CPU, and where it is not known."""
+    in_bf16: bool
+    """Whether attention computes in bf16: under amp_bf16 it does."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +33,37 @@ class Requirement:
     """Lowest compute capability."""
     newest: float = float("inf")
     """Highest compute capability."""
-    half_precision_on_cuda: bool = True
-    """Whether it takes bf16 and fp16 alone there."""
+    bf16_from: float = 0.0
+    """Lowest compute capability on which it computes in bf16."""
+    fp32_on_cuda: bool = False
+    """Whether it computes in fp32 there."""
+    min_head_dim: int = 1
+    """Narrowest head."""
     max_head_dim: int | None = None
     """Widest head."""
-    has_windows: bool = True
-    """Whether sliding windows are driven through it."""
+    windowed_head_multiple: int | None = 1
+    """What the width of heads must be a multiple of with sliding windows; None is no windows."""
     package: str | None = None
     """What must be installed beside torch."""
 
 
 REQUIREMENTS: dict[str, Requirement] = {
-    "math": Requirement(on_cpu=True, half_precision_on_cuda=False),
-    # SDPA's FlashAttention-2: Ampere and newer (torch, sdp_utils.cpp).
-    "flash": Requirement(on_cpu=True, oldest=8.0, max_head_dim=256),
-    "efficient": Requirement(oldest=5.0, half_precision_on_cuda=False),
-    "cudnn": Requirement(oldest=8.0, max_head_dim=128, has_windows=False),
-    "flex": Requirement(oldest=7.0, half_precision_on_cuda=False),
+    "math": Requirement(on_cpu=True, fp32_on_cuda=True),
+    # SDPA's kernels, torch 2.13: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Flash pads
+    # heads to a multiple of 8, but not in `varlen_attn`, through which windows go.
+    "flash": Requirement(on_cpu=True, oldest=8.0, max_head_dim=256, windowed_head_multiple=8),
+    "efficient": Requirement(oldest=5.0, bf16_from=8.0, fp32_on_cuda=True),
+    "cudnn": Requirement(oldest=8.0, max_head_dim=128, windowed_head_multiple=None),
+    # Triton: inductor compiles no bf16 below 8.0, and flex takes no head below 16.
+    "flex": Requirement(oldest=7.0, bf16_from=8.0, fp32_on_cuda=True, min_head_dim=16),
     "fa2": Requirement(oldest=8.0, max_head_dim=256, package="flash-attn"),
     # torch/nn/attention/_fa3.py and _fa4.py, torch 2.13: majors 9, and 9 or 10.
-    "fa3": Requirement(oldest=9.0, newest=9.0, max_head_dim=256, package="flash-attn-3"),
-    "fa4": Requirement(oldest=9.0, newest=10.3, max_head_dim=128, package="flash-attn-4"),
+    "fa3": Requirement(
+        oldest=9.0, newest=9.0, max_head_dim=256, windowed_head_multiple=8, package="flash-attn-3"
+    ),
+    "fa4": Requirement(
+        oldest=9.0, newest=10.3, max_head_dim=128, windowed_head_multiple=8, package="flash-attn-4"
+    ),
 }
 """Attention kernels by name."""
 
@@ -69,19 +82,40 @@ def requirement(name: str) -> Requirement:
 def why_not(name: str, target: Target, head_dim: int, windowed: bool) -> str | None:
     """Why the kernel cannot run on the target by what its makers say; None where it can."""
     needs = requirement(name)
+    if target.device == "cpu":
+        return None if needs.on_cpu else "it runs on CUDA alone"
+    return _why_not_device(needs, target) or _why_not_heads(needs, head_dim, windowed)
+
+
+def _why_not_device(needs: Requirement, target: Target) -> str | None:
     capability = target.compute_capability
-    if capability is None and not needs.on_cpu:
-        return "it runs on CUDA alone"
-    if capability is not None:
-        if not needs.oldest <= capability <= needs.newest:
-            most = f" to {needs.newest:.1f}" if needs.newest < float("inf") else " or higher"
-            return f"it needs compute capability {needs.oldest:.1f}{most}, this is {capability:.1f}"
-        if needs.half_precision_on_cuda and not target.half_precision:
-            return "it computes in bf16 alone there: set precision to amp_bf16"
-    if needs.max_head_dim is not None and head_dim > needs.max_head_dim and capability is not None:
+    if capability is None:
+        return "the GPU's compute capability is not known"
+    if not needs.oldest <= capability <= needs.newest:
+        most = f" to {needs.newest:.1f}" if needs.newest < float("inf") else " or higher"
+        return f"it needs compute capability {needs.oldest:.1f}{most}, this is {capability:.1f}"
+    if not target.in_bf16 and not needs.fp32_on_cuda:
+        return "it computes in bf16 alone there: set precision to amp_bf16"
+    if target.in_bf16 and capability < needs.bf16_from:
+        return (
+            f"it computes in bf16 from compute capability {needs.bf16_from:.1f} on, this is "
+            f"{capability:.1f}: set precision to fp32"
+        )
+    return None
+
+
+def _why_not_heads(needs: Requirement, head_dim: int, windowed: bool) -> str | None:
+    if head_dim < needs.min_head_dim:
+        return f"it takes heads of at least {needs.min_head_dim}, head_dim is {head_dim}"
+    if needs.max_head_dim is not None and head_dim > needs.max_head_dim:
         return f"it takes heads of at most {needs.max_head_dim}, head_dim is {head_dim}"
-    if windowed and not needs.has_windows:
+    if windowed and needs.windowed_head_multiple is None:
         return "it has no sliding windows"
+    if windowed and head_dim % (needs.windowed_head_multiple or 1):
+        return (
+            f"with sliding windows head_dim must be a multiple of {needs.windowed_head_multiple}, "
+            f"it is {head_dim}"
+        )
     return None
 
 
@@ -110,6 +144,5 @@ def refuse_unless_runs(
         return
     can = ", ".join(other for other in REQUIREMENTS if reason_against(other) is None) or "none"
     raise ValueError(
-        f"attention kernel {name} cannot run {where} with head_dim {model.head_dim}: {reason}; "
-        f"what can run there: {can}"
+        f"attention kernel {name} cannot run {where}: {reason}; what can run there: {can}"
     )

@@ -36,19 +36,23 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def apple_shape(billions: float) -> dict[str, Any]:
-    """Model fields for about that many 1e9 parameters by the rule of arXiv 2410.19456, Figure 5.
+    """Model fields for about that many 1e9 parameters, by the rule of arXiv 2410.19456, Figure 5.
 
     Width 1951.37 x^0.353, to the nearest multiple of 64 (the head); blocks 18.93 x^0.318, rounded;
     as in the paper's Table 2, feed-forward int(2.7 width), multi-head attention, vocabulary 32,000,
     untied. That gives the table's depths 9, 15, 19, 24 at 0.1, 0.5, 1 and 2, and its widths but for
     the first, 896 where the paper trained 832.
+
+    Raises:
+        ValueError: below a million parameters, where the rule gives no model.
     """
+    if billions < 1e-3:
+        raise ValueError(f"Apple's rule starts at apple:1M, got {billions * 1e3:g}M")
     d_model = max(1, round(1951.37 * billions**0.353 / 64)) * 64
     return {
         "n_layers": max(1, round(18.93 * billions**0.318)),
         "d_model": d_model,
         "n_heads": d_model // 64,
-        "n_kv_heads": d_model // 64,
         "head_dim": 64,
         "d_ff": int(2.7 * d_model),
         "vocab": 32_000,

@@ -188,40 +188,47 @@ def test_every_kernel_says_what_it_needs() -> None:
     assert KERNELS.keys() == REQUIREMENTS.keys()
 
 
-V100, T4, A100, L4, H100, B200 = 7.0, 7.5, 8.0, 8.9, 9.0, 10.0
+V100, T4, A100, L4, H100, B200 = (
+    Target("cuda", capability, in_bf16=True) for capability in (7.0, 7.5, 8.0, 8.9, 9.0, 10.0)
+)
+CPU = Target("cpu", None, in_bf16=True)
+H100_FP32, T4_FP32 = Target("cuda", 9.0, in_bf16=False), Target("cuda", 7.5, in_bf16=False)
 
 
 @pytest.mark.parametrize(
-    ("capability", "runs"),
+    ("target", "runs"),
     [
-        (None, "math flash"),
-        (V100, "math efficient flex"),
-        (T4, "math efficient flex"),
+        (CPU, "math flash"),
+        (V100, "math"),
+        (T4, "math"),
+        (T4_FP32, "math efficient flex"),
         (A100, "math flash efficient cudnn flex fa2"),
         (L4, "math flash efficient cudnn flex fa2"),
         (H100, "math flash efficient cudnn flex fa2 fa3 fa4"),
+        (H100_FP32, "math efficient flex"),
         (B200, "math flash efficient cudnn flex fa2 fa4"),
+        (Target("cuda", None, in_bf16=True), ""),
     ],
 )
-def test_what_runs_on_a_gpu_is_known_without_it(capability: float | None, runs: str) -> None:
-    target = Target(capability, half_precision=True)
+def test_what_runs_on_a_gpu_is_known_without_it(target: Target, runs: str) -> None:
     found = [name for name in KERNELS if why_not(name, target, 64, windowed=False) is None]
     assert found == runs.split()
+
+
+WINDOWED = {"attention_pattern": ["full", "sliding"], "window": 8}
 
 
 @pytest.mark.parametrize(
     ("name", "target", "shape", "message"),
     [
-        ("fa3", Target(A100, True), {}, "needs compute capability 9.0 to 9.0, this is 8.0"),
-        ("flash", Target(T4, True), {}, "needs compute capability 8.0 or higher, this is 7.5"),
-        ("flash", Target(H100, False), {}, "set precision to amp_bf16; .*: math, efficient, flex$"),
-        ("fa4", Target(H100, True), {"head_dim": 256}, "heads of at most 128, head_dim is 256"),
-        (
-            "cudnn",
-            Target(H100, True),
-            {"attention_pattern": ["full", "sliding"], "window": 8},
-            "it has no sliding windows; what can run there: math, flash, efficient, flex",
-        ),
+        ("fa3", A100, {}, "needs compute capability 9.0 to 9.0, this is 8.0"),
+        ("flash", T4, {}, "needs compute capability 8.0 or higher, this is 7.5"),
+        ("efficient", T4, {}, "bf16 from compute capability 8.0 on, this is 7.5: set precision"),
+        ("flash", H100_FP32, {}, "set precision to amp_bf16; .*: math, efficient, flex$"),
+        ("fa4", H100, {"head_dim": 256}, "heads of at most 128, head_dim is 256"),
+        ("flex", H100, {"head_dim": 8}, "heads of at least 16, head_dim is 8"),
+        ("flash", H100, WINDOWED | {"head_dim": 20}, "must be a multiple of 8, it is 20"),
+        ("cudnn", H100, WINDOWED, "it has no sliding windows; what can run there: math, flash,"),
     ],
 )
 def test_a_target_refuses_with_the_reason_and_what_it_can_run(

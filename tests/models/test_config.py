@@ -55,7 +55,7 @@ def test_given_fields_win_over_the_preset() -> None:
         ({"n_layers": 0}, "n_layers\n  Input should be greater than 0"),
         ({"sharing": "imediate"}, "sharing\n  Input should be 'none', 'immediate'"),
         ({"n_layer": 3}, "n_layer\n  Extra inputs are not permitted"),
-        ({"attention_pattern": []}, "attention_pattern needs at least one of full, sliding, none"),
+        ({"attention_pattern": []}, "Tuple should have at least 1 item"),
         ({"attention_pattern": ["local"]}, "Input should be 'full', 'sliding' or 'none'"),
         ({"attention_pattern": ["sliding"]}, "window is required where attention_pattern has"),
         ({"positions": "learned"}, "max_positions is required with positions: learned"),
@@ -63,7 +63,11 @@ def test_given_fields_win_over_the_preset() -> None:
             {"positions": "learned", "max_positions": 8, "rope_pattern": [1e4]},
             "rope_pattern and rope_scaling need positions: rope, got learned",
         ),
-        ({"rope_pattern": [1e4, -1]}, "rope_pattern takes bases, or 0 for no positions"),
+        ({"max_positions": 8}, "max_positions belongs to positions: learned, got 8 with rope"),
+        ({"rope_base": 0.5}, "rope_base\n  Input should be greater than 1"),
+        ({"rope_base": float("inf")}, "rope_base\n  Input should be a finite number"),
+        ({"preset": "apple:0.5M"}, "Apple's rule starts at apple:1M, got 0.5M"),
+        ({"rope_pattern": [1e4, -1]}, "rope_pattern takes bases above 1, or 0 for no positions"),
         (
             {"rope_scaling": {"kind": "llama3", "factor": 8, "low_freq_factor": 4}},
             "low_freq_factor must be below high_freq_factor: 4 is not below 4",
@@ -100,3 +104,49 @@ def test_learned_positions_leave_no_block_with_rotary_ones() -> None:
 def test_width_factor_counts_under_mup_alone() -> None:
     assert tiny(mup_base_width=16).width_factor == 1
     assert tiny(parametrization="mup", mup_base_width=16).width_factor == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"window": 8}),
+        ({}, {"mup_base_width": 64}),
+        ({}, {"attention_pattern": ["full", "full"]}),
+        ({}, {"attention_pattern": "full"}),
+        ({}, {"rope_pattern": [1e4, 1e4]}),
+        ({"rope_pattern": [1e4, 0]}, {"rope_pattern": "1e4 0", "rope_base": 5e5}),
+        ({"rope_base": 5e5}, {"rope_pattern": [5e5]}),
+        (
+            {"rope_scaling": {"kind": "linear", "factor": 2}},
+            {"rope_scaling": {"kind": "linear", "factor": 2, "low_freq_factor": 2}},
+        ),
+        (
+            {"positions": "learned", "max_positions": 8},
+            {"positions": "learned", "max_positions": 8, "rope_base": 5e5},
+        ),
+        (
+            {"attention_pattern": ["sliding", "full"], "window": 8},
+            {"attention_pattern": "sliding full sliding full", "window": 8},
+        ),
+    ],
+)
+def test_two_ways_to_write_a_model_are_one(
+    one: dict[str, object], other: dict[str, object]
+) -> None:
+    assert tiny(**one) == tiny(**other)
+    assert tiny(**one) == ModelSpec.model_validate(tiny(**other).model_dump())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"window": 4, "attention_pattern": "sliding"},
+        {"mup_base_width": 64, "parametrization": "mup"},
+        {"rope_pattern": "1e4 5e5"},
+        {"rope_scaling": {"kind": "llama3", "factor": 8, "low_freq_factor": 2}},
+    ],
+)
+def test_what_changes_the_model_is_kept(changed: dict[str, object]) -> None:
+    model = tiny(**changed)
+    assert model != tiny()
+    assert model.model_dump(include=set(changed)) != tiny().model_dump(include=set(changed))

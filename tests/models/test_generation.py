@@ -1,6 +1,7 @@
 """Generation with the cache against generation without it, and how tokens are drawn."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_top_p_draws_from_the_nucleus_as_often_as_it_is_likely() -> None:
     ("tokens", "how", "message"),
     [
         (0, {}, "at least one token to start from"),
-        (9, {"temperature": -1.0}, "temperature must be at least 0, got -1"),
+        (9, {"temperature": -1.0}, "temperature must be a number of at least 0, got -1"),
+        (9, {"temperature": math.nan}, "temperature must be a number of at least 0, got nan"),
         (9, {"top_p": 0.0}, "top_p must lie above 0 and at most at 1, got 0"),
         (9, {"top_p": 1.5}, "top_p must lie above 0 and at most at 1, got 1.5"),
     ],
@@ -156,6 +158,11 @@ def test_top_p_draws_from_the_nucleus_as_often_as_it_is_likely() -> None:
 def test_bad_requests_are_refused(tokens: int, how: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(decoder(), prompt(tokens=tokens), 4, **how))  # type: ignore[arg-type]
+
+
+def test_a_foreign_tokenizer_is_noticed() -> None:
+    with pytest.raises(ValueError, match="the prompt has token 97, the model 97 tokens"):
+        next(generate(decoder(), torch.tensor([[97]]), 4))
 
 
 def test_learned_positions_end() -> None:

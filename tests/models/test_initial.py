@@ -44,12 +44,12 @@ def expected(std: float, **others: float) -> dict[str, object]:
             ),
         ),
         ({"init": "mobilellm"}, expected(0.02)),
-        # lit_gpt's _init_weights scales the feed-forward's output matrix alone, by its own inputs.
         (
             {"init": "tinyllama"},
             expected(
                 math.sqrt(2 / 5 / 512),
-                feed_forward__down=1 / math.sqrt(1024) / 2,
+                attention__out=1 / math.sqrt(512) / 2,
+                feed_forward__down=1 / math.sqrt(512) / 2,
             ),
         ),
     ],

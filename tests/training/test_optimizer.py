@@ -1,6 +1,7 @@
 """Which parameters decay and how fast they learn, and that muP does what it is for."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ WIDTHS = (64, 128, 256, 512)
 STEPS = 4
 
 
-def run(width: int, parametrization: str = "mup", **model: object) -> RunSpec:
+def run(width: int, parametrization: str = "mup", **model: Any) -> RunSpec:
     shape = {
         "n_layers": 2, "d_model": width, "head_dim": 32, "n_heads": width // 32,
         "d_ff": 2 * width, "vocab": 257, "parametrization": parametrization, "mup_base_width": 64,
@@ -46,9 +47,11 @@ def test_under_mup_rate_times_decay_does_not_depend_on_the_width() -> None:
         assert products == {0.0, 0.5 * spec.optim.weight_decay}
 
 
-def changes(width: int, parametrization: str, tied: bool) -> dict[str, float]:
+def changes(width: int, parametrization: str, model: dict[str, object]) -> dict[str, float]:
     """How far a few steps of Adam move what each part of the model computes: root mean square."""
-    spec = run(width, parametrization, tie_embeddings=tied)
+    heads = {"n_heads": 2, "head_dim": width // 2} if model.get("grow_heads") else {}
+    fields = {name: value for name, value in model.items() if name != "grow_heads"}
+    spec = run(width, parametrization, **fields, **heads)
     decoder = Decoder(spec.model)
     seen: dict[str, Tensor] = {}
 
@@ -83,12 +86,21 @@ def changes(width: int, parametrization: str, tied: bool) -> dict[str, float]:
     return total
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_coordinates_move_alike_at_every_width_under_mup_alone(tied: bool) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tie_embeddings": True},
+        {"tie_embeddings": False, "init": "mobilellm"},
+        {"tie_embeddings": False, "grow_heads": True},
+    ],
+)
+def test_coordinates_move_alike_at_every_width_under_mup_alone(model: dict[str, object]) -> None:
     # The coordinate check of arXiv 2203.03466, appendix D.1: slope of the change over the width,
     # both in powers of two. 0 is muP's promise; the standard parametrization grows.
     torch.set_num_threads(1)
-    found = {kind: [changes(width, kind, tied) for width in WIDTHS] for kind in ("mup", "standard")}
+    found = {
+        kind: [changes(width, kind, model) for width in WIDTHS] for kind in ("mup", "standard")
+    }
     slopes = {
         kind: {
             name: float(np.polyfit(np.log2(WIDTHS), [math.log2(row[name]) for row in rows], 1)[0])

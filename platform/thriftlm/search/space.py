@@ -153,8 +153,11 @@ class Space:
         return None
 
     def _unrunnable(self, model: ModelSpec, system: SystemSpec) -> Rejected | None:
+        card = gpu(system.gpu)
         target = kernels.Target(
-            gpu(system.gpu).compute_capability, half_precision=system.precision != "fp32"
+            "cpu" if card.id == "cpu" else "cuda",
+            card.compute_capability,
+            in_bf16=system.precision != "fp32",
         )
         try:
             kernels.check(system.attention, model, f"on {system.gpu}", target)

@@ -321,6 +321,7 @@ _MESSAGES = {
     "model_type": "must be a mapping of keys",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
+    "too_short": "must have at least {min_length}",
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",

@@ -243,7 +243,7 @@ class RunSpec(Spec):
         if longest is not None and self.data.seq_len > longest:
             raise ValueError(
                 f"data.seq_len must not exceed model.max_positions: {self.data.seq_len} tokens in "
-                f"{longest} learned positions"
+                f"{longest} learned positions; shorten it or give the model more"
             )
         bpe_vocab = self.data.bpe_vocab
         if bpe_vocab is not None and self.model.vocab < bpe_vocab:

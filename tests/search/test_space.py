@@ -308,11 +308,8 @@ def test_a_gpu_has_one_name(space):
 
 
 def test_indivisible_batches_and_missing_prices_are_removed_and_counted(space):
-    system = {
-        "micro_batch": [8, 12], "gpu": ["cpu", "A100-40GB"], "cloud": ["aws", "gcp"],
-        "attention": "math",
-    }  # fmt: skip
-    counts = space(system=system, model={"n_layers": 2}).count()
+    places = {"gpu": ["cpu", "A100-40GB"], "cloud": ["aws", "gcp"], "attention": "math"}
+    counts = space(system=places | {"micro_batch": [8, 12]}, model={"n_layers": 2}).count()
     assert counts.rejected == {
         "micro_batch x n_gpus x seq_len must divide batch_tokens": 3,
         "cloud gcp has no on_demand price for cpu": 2,

@@ -43,5 +43,7 @@ def test_patterns_are_values_as_lists_and_choices_as_words(lab):
     assert found.resolve({}, 0).model.rope_scaling.factor == 2
     with pytest.raises(InputError, match=r"attention_pattern.choice\[1\]: must be 'full'"):
         space(lab, model={"attention_pattern": {"choice": ["full", "ful"]}})
-    with pytest.raises(InputError, match=r"rope_scaling: must be 'linear' or 'llama3', got 'yarn'"):
+    with pytest.raises(
+        InputError, match=r"rope_scaling.kind: must be 'linear' or 'llama3', got 'yarn'"
+    ):
         space(lab, model={"rope_scaling": {"kind": "yarn", "factor": 2}})

@@ -74,12 +74,12 @@ def save(
     *,
     context: int,
     dtype: torch.dtype | None = None,
-    eos_token_id: int | None = None,
+    token_ids: Mapping[str, Any] | None = None,
 ) -> HfModel:
     """What was written to `folder`: config.json and model.safetensors, for transformers to load.
 
-    `dtype` is that of the weights in the file; without it they keep theirs. `eos_token_id` is where
-    transformers stops to generate. For `context` see `to_hf`.
+    `dtype` is that of the weights in the file; without it they keep theirs. `token_ids` has the
+    configuration's `bos_token_id`, `eos_token_id`, `pad_token_id`. For `context` see `to_hf`.
 
     Raises:
         ValueError: no Hugging Face class computes the model.
@@ -94,7 +94,7 @@ def save(
         for name, tensor in model.weights.items()
     }
     dtype_name = str(dtype).removeprefix("torch.")
-    config = model.config | {"dtype": dtype_name, "eos_token_id": eos_token_id}
+    config = model.config | {"dtype": dtype_name} | dict(token_ids or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -160,18 +160,28 @@ def _folder(name_or_folder: str | Path) -> Path:
 
 
 def _read_config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"a checkpoint is a folder with config.json: {folder} has none")
-    fields = json.loads(path.read_text())
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold the fields of a model, got a {type(fields).__name__}")
     model_type = fields.pop("model_type", None)
     if model_type == "mobilellm":  # Llama and two fields more, in code of its own
         model_type = "llama"
     if model_type not in FAMILIES:
         raise _refusal("a model", "model_type", model_type)
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} makes no {model_type} model: {reason}; correct it") from error
 
 
 def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:

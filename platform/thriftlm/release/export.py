@@ -1,55 +1,51 @@
-"""A trained model as a Hugging Face folder, with a card that says where it came from."""
+"""A checkpoint as a Hugging Face folder, with a card that says where it came from."""
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from thriftlm import __version__, catalog
 from thriftlm.release.checkpoints import TrainedModel
-from thriftlm.spec import InputError
+from thriftlm.spec import BUILT_IN_CORPORA, InputError, RunSpec
 from thriftlm.training.checkpoint import RunState
 from thriftlm.training.tokenizer import END_NAMES
 from thriftlm_models import hf
 from thriftlm_models.counts import stored_params
 
 Dtype = Literal["float32", "bfloat16"]
-UNKNOWN_CONTEXT = 2048
-"""Length that the configuration states for a model that came without its training."""
 
 
 def export(model: TrainedModel, folder: Path, dtype: Dtype) -> dict[str, Any]:
     """What `thriftlm export --json` prints; `folder` gets weights, configuration, tokenizer, card.
 
-    Raises:
-        InputError: the folder is not empty, there is no tokenizer, or Hugging Face has no class
-            for the model's shape.
-    """
-    from transformers import PreTrainedTokenizerFast  # seconds
+    It appears whole or not at all.
 
+    Raises:
+        InputError: the folder is not empty or cannot be written, the model comes from Hugging Face
+            already or has no tokenizer, or no class there computes its shape.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another folder or remove it")
-    tokenizer = model.tokenizer()
-    context = model.state.run.data.seq_len if model.state else UNKNOWN_CONTEXT
-    end = next((name for name in END_NAMES if tokenizer.token_to_id(name) is not None), None)
-    try:
-        written = hf.save(
-            model.decoder,
-            folder,
-            context=context,
-            dtype=getattr(torch, dtype),
-            eos_token_id=None if end is None else tokenizer.token_to_id(end),
+    if model.state is None:
+        raise InputError(
+            f"{model.path} is a Hugging Face folder already; give a checkpoint of thriftlm train"
         )
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+        written = _write(model, model.state, partial, dtype)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
     except ValueError as error:
         raise InputError(f"{model.path} cannot be exported: {error}") from error
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, model_max_length=context
-    ).save_pretrained(folder)
-    (folder / "README.md").write_text(card(model, written, dtype), encoding="utf-8")
     return {
         "folder": str(folder),
         "architecture": written.architecture,
@@ -60,57 +56,76 @@ def export(model: TrainedModel, folder: Path, dtype: Dtype) -> dict[str, Any]:
     }
 
 
-def card(model: TrainedModel, written: hf.HfModel, dtype: Dtype) -> str:
+def _write(model: TrainedModel, state: RunState, folder: Path, dtype: Dtype) -> hf.HfModel:
+    from transformers import PreTrainedTokenizerFast  # seconds
+
+    tokenizer, context = model.tokenizer(), state.run.data.seq_len
+    end = next((name for name in END_NAMES if tokenizer.token_to_id(name) is not None), None)
+    written = hf.save(
+        model.decoder,
+        folder,
+        context=context,
+        dtype=getattr(torch, dtype),
+        token_ids={"eos_token_id": None if end is None else tokenizer.token_to_id(end)},
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, model_max_length=context
+    ).save_pretrained(folder)
+    (folder / "README.md").write_text(card(state, written, dtype), encoding="utf-8")
+    return written
+
+
+def card(state: RunState, written: hf.HfModel, dtype: Dtype) -> str:
     """The model card, in Markdown with the front matter that the hub reads."""
-    spec = model.decoder.spec
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [thriftlm]",
-        "---",
-        "",
-        f"# {spec.preset or 'language model'}, {stored_params(spec):,} parameters",
-        "",
-        f"Exported by thriftlm {__version__} as `{written.architecture}` in {dtype}.",
-        "",
-        *(f"- {note}" for note in written.notes),
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        "```",
-        "",
-    ]
-    if model.state is None:
-        lines += [f"Converted from {model.path.name}; how it was trained is not recorded here."]
-    else:
-        lines += ["## Training", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in training_facts(model.state)]
-    return "\n".join(lines) + "\n"
+    facts = [f"| {name} | {value} |" for name, value in training_facts(state)]
+    notes = [f"- {note}" for note in written.notes]
+    spec = state.run.model_dump(mode="json", include={"model", "optim"}, exclude_defaults=True)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [thriftlm]",
+            "---",
+            "",
+            f"# A language model of {stored_params(state.run.model):,} parameters",
+            "",
+            f"Exported by thriftlm {__version__} as `{written.architecture}` in {dtype}.",
+            "",
+            *(notes and [*notes, ""]),
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+            "```",
+            "",
+            "## Training",
+            "",
+            "| | |",
+            "|---|---|",
+            *facts,
+            "",
+            "What is not at its default, as thriftlm reads it:",
+            "",
+            "```yaml",
+            yaml.safe_dump(spec, sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
 
 
 def training_facts(state: RunState) -> list[tuple[str, str]]:
     """How a model was trained, each fact in words; measured unless it says otherwise."""
     run, last = state.run, state.curve[-1]
-    model, optim, system = run.model, run.optim, run.system
     loss = "not measured" if last.val_loss is None else f"{last.val_loss:.4f} nats/token"
+    system = run.system
     return [
-        ("data", f"{run.data.corpus}, tokenizer {run.data.tokenizer}, {run.data.seq_len} tokens"),
+        ("data", training_data(run)),
         ("tokens", f"{last.tokens:,} of {run.tokens:,}"),
         ("validation loss", loss),
-        (
-            "model",
-            f"{model.n_layers} layers, sharing {model.sharing} x{model.repeats}, "
-            f"width {model.d_model}, {model.n_heads}/{model.n_kv_heads} heads, d_ff {model.d_ff}",
-        ),
-        (
-            "optimizer",
-            f"{optim.optimizer}, peak learning rate {optim.lr:g}, {optim.schedule}, "
-            f"{optim.batch_tokens:,} tokens a step, seed {run.seed}",
-        ),
+        ("seed", str(run.seed)),
         ("system", f"{system.n_gpus} x {system.gpu}, {system.strategy}, {system.precision}"),
         ("cost", training_cost(state)),
         ("search", run.origin or "none: a run of its own"),
@@ -118,15 +133,28 @@ def training_facts(state: RunState) -> list[tuple[str, str]]:
     ]
 
 
+def training_data(run: RunSpec) -> str:
+    """The corpus by name, without the folders of the machine it lay on."""
+    data = run.data
+    corpus, tokenizer = data.corpus, data.tokenizer
+    if corpus not in BUILT_IN_CORPORA:
+        corpus = Path(corpus).name
+    if tokenizer.endswith(".json"):
+        tokenizer = Path(tokenizer).name
+    return f"{corpus}, tokenizer {tokenizer}, {data.seq_len} tokens a sequence"
+
+
 def training_cost(state: RunState) -> str:
-    """USD of the training steps alone, from their measured speed and the catalog's price."""
+    """What the training steps alone cost, from their measured speed and the catalog's price."""
     rates = [report.tokens_per_s for report in state.curve if report.tokens_per_s is not None]
     if not rates:
         return "not known: no speed was measured"
     system = state.run.system
+    price = catalog.price(system)
     hours = state.curve[-1].tokens / (median(rates) * system.n_gpus) / 3600
-    usd = hours * catalog.usd_per_hour(system)
+    unit = "A100-40GB hours" if price.normalised else "USD"
+    cost = hours * catalog.usd_per_hour(system)
     return (
-        f"${usd:.4g} for {hours:.3g} hours of training steps at their measured speed and list "
-        f"prices ({catalog.price(system)}); start-up, validation and idle time come on top"
+        f"{cost:.4g} {unit} for {hours:.3g} hours of training steps at their measured speed and "
+        f"list prices ({price}); start-up, validation and idle time come on top"
     )

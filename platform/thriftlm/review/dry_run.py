@@ -12,6 +12,9 @@ from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import applied_params, stored_params
 from thriftlm_models.presets import presets
 
+SHAPE = ("n_layers", "sharing", "repeats", "d_model", "n_heads", "n_kv_heads", "d_ff")
+"""Fields of a model that a dry run always shows."""
+COUNTS = ("stored_params", "applied_params", "published_as")
 SHOWN_MODELS = 24
 """Models listed in the terminal; `--json` lists all."""
 NO_SHAPE = {"preset", "init", "parametrization", "mup_base_width"}
@@ -22,7 +25,8 @@ def describe_space(space: Space) -> dict[str, Any]:
     """Points of a space, what removes some, and its budgets."""
     counts = space.count()
     search = space.search
-    models = [describe_model(model) for model in counts.models]
+    varied = [path.removeprefix("model.") for path in space.domains if path.startswith("model.")]
+    models = [describe_model(model, varied) for model in counts.models]
     if counts.sampled:
         models.sort(key=lambda model: (model["stored_params"], model["applied_params"]))
     return {
@@ -46,10 +50,10 @@ def describe_space(space: Space) -> dict[str, Any]:
     }
 
 
-def describe_model(model: ModelSpec) -> dict[str, Any]:
-    """A model's shape with its counts, and the preset that has the same shape."""
-    fields = ("n_layers", "sharing", "repeats", "d_model", "n_heads", "n_kv_heads", "d_ff")
-    return {name: getattr(model, name) for name in fields} | {
+def describe_model(model: ModelSpec, varied: list[str]) -> dict[str, Any]:
+    """A model's shape, and what varies of it, with its counts and the preset of the same shape."""
+    fields = model.model_dump(mode="json", include={*SHAPE, *varied})
+    return {name: fields[name] for name in (*SHAPE, *(v for v in varied if v not in SHAPE))} | {
         "stored_params": stored_params(model),
         "applied_params": applied_params(model),
         "published_as": published_shapes().get(model.model_dump_json(exclude=NO_SHAPE)),
@@ -63,12 +67,19 @@ def published_shapes() -> dict[str, str]:
     return {m.model_dump_json(exclude=NO_SHAPE): name for name, m in reversed(models.items())}
 
 
+def in_words(value: Any) -> str:
+    """A field of a model in a table: patterns as their words."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def show_models(models: list[dict[str, Any]]) -> None:
     """Print the models of a space, where they are few enough to read."""
     if not 1 < len(models) <= SHOWN_MODELS:
         return
     names = ("layers", "width", "heads", "d_ff", "stored params")
     columns = [*(Column(name, is_number=True) for name in names), Column("sharing")]
+    others = [name for name in models[0] if name not in (*SHAPE, *COUNTS)]
+    columns += [Column(name) for name in others]
     columns.append(Column("published as", dispensable=1))
     cells = [
         [
@@ -78,6 +89,7 @@ def show_models(models: list[dict[str, Any]]) -> None:
             f"{model['d_ff']:,}",
             f"{model['stored_params']:,}",
             model["sharing"] + (f" x{model['repeats']}" if model["repeats"] > 1 else ""),
+            *(in_words(model[name]) for name in others),
             model["published_as"] or "-",
         ]
         for model in models

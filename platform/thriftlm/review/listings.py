@@ -60,7 +60,7 @@ def show_models(rows: list[dict[str, Any]]) -> None:
     console.print(fitted(columns, cells, console.width))
     console.print(
         f"[dim]training FLOPs per token by {FLOP_FORMULA}, at {LISTED_SEQ_LEN:,} tokens "
-        "(at 1,024 for learned positions)[/]"
+        "(fewer where learned positions end)[/]"
     )
 
 

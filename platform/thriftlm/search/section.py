@@ -219,7 +219,8 @@ def _check_value(config: ConfigFile, at: KeyPath, value: Any, cls: type[Spec], n
         if own and own[0]["type"] == "missing" and isinstance(value, list):
             raise config.error(at, f"a list with too few values, got {value}") from error
         if own:
-            raise config.error(at, explain(own[0])) from error
+            inner = tuple(part for part in own[0]["loc"][1:] if isinstance(value, dict))
+            raise config.error((*at, *inner), explain(own[0])) from error
 
 
 def _derivation(

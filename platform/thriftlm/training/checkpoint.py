@@ -7,6 +7,7 @@ the next save removes it.
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 from pydantic import NonNegativeInt
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,6 +18,16 @@ from thriftlm.training.ranks import Ranks
 from thriftlm.training.shard_files import TOKENIZER, sync, write_synced
 from thriftlm_models.decoder import Decoder
 
+UNREADABLE = (
+    CheckpointException,  # of torch's distributed checkpoint; no Exception
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    UnpicklingError,
+    ValueError,
+)
+"""What torch, its distributed checkpoint and DeepSpeed raise on a damaged or missing file."""
 KEPT = 2
 STATE = "state.json"
 
@@ -121,7 +132,7 @@ def load_decoder(folder: Path) -> tuple[Decoder, RunState]:
     decoder = Decoder(state.run.model)
     try:
         load_weights(decoder, folder, by_deepspeed=_layout(state.run) != "torch")
-    except (Exception, CheckpointException) as error:  # many kinds; DCP's is no Exception
+    except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[-1]
         raise InputError(f"{folder} cannot be read: {reason}; use another checkpoint") from error
     return decoder, state

@@ -213,9 +213,30 @@ def test_a_price_reads_as_one_line():
 
 
 def test_every_canonical_id_of_the_design_is_there_with_what_an_estimate_needs():
-    ids = """A100-40GB A100-80GB A100-64GB H100-80GB H100-64GB H100-96GB H200-141GB B200-180GB L4-24GB
-    A10G-24GB L40S-48GB V100-16GB V100-32GB T4-16GB RTX3090 RTX4090 RTX5090 RTX5060Ti-16GB
-    RTXPRO6000-96GB A6000 A40 GH200""".split()
+    ids = [
+        "A100-40GB",
+        "A100-80GB",
+        "A100-64GB",
+        "H100-80GB",
+        "H100-64GB",
+        "H100-96GB",
+        "H200-141GB",
+        "B200-180GB",
+        "L4-24GB",
+        "A10G-24GB",
+        "L40S-48GB",
+        "V100-16GB",
+        "V100-32GB",
+        "T4-16GB",
+        "RTX3090",
+        "RTX4090",
+        "RTX5090",
+        "RTX5060Ti-16GB",
+        "RTXPRO6000-96GB",
+        "A6000",
+        "A40",
+        "GH200",
+    ]
     for entry in map(gpu, ids):
         assert entry.memory_gib is not None
         assert entry.memory_gb_per_s is not None

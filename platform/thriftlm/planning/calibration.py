@@ -106,7 +106,8 @@ def fit_constants(systems: Systems, measured: Floats) -> tuple[Constants, Floats
         residuals, prior, loss="soft_l1", f_scale=OUTLIER_SDS, bounds=(-np.inf, upper)
     )
     jacobian = np.zeros((len(measured) + len(NAMES), len(NAMES)))
-    jacobian[np.append(np.flatnonzero(known), len(measured) + np.arange(len(NAMES)))] = found.jac
+    kept = np.append(np.flatnonzero(known), len(measured) + np.arange(len(NAMES)))
+    jacobian[kept] = np.asarray(found.jac)
     return _constants(found.x), jacobian
 
 

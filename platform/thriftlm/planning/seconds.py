@@ -111,7 +111,7 @@ def peak(s: Systems) -> Floats:
 
 def is_hopper(s: Systems) -> Floats:
     """1 where tensor cores need the asynchronous instructions of Hopper and its successors."""
-    return ((s.capability >= 9) & (s.capability < 12)).astype(float)
+    return np.asarray((s.capability >= 9) & (s.capability < 12), float)
 
 
 def matmul_seconds(s: Systems, c: Constants) -> Floats:
@@ -147,7 +147,7 @@ def attention_seconds(s: Systems, c: Constants) -> Floats:
     scores = s.tokens * s.seq_len * s.n_heads * s.layers
     traffic = SCORE_BYTES * (1 + recomputed(s) / 3) * scores
     math = 2 * flash + traffic / (s.memory_bytes_per_s * c.memory_fraction)
-    return np.where(s.kernel == KERNELS.index("math"), math, flash)
+    return np.asarray(np.where(s.kernel == KERNELS.index("math"), math, flash), float)
 
 
 def elementwise_values(s: Systems) -> Floats:
@@ -237,4 +237,5 @@ def collectives(s: Systems) -> Floats:
 
 def buckets(s: Systems) -> Floats:
     """Collectives of one step: gradients travel in buckets of 25 MB."""
-    return s.uses("ddp", "zero1", "zero2") * np.ceil(s.stored_params * BF16 / DDP_BUCKET_BYTES)
+    count = np.ceil(s.stored_params * BF16 / DDP_BUCKET_BYTES)
+    return np.where(s.uses("ddp", "zero1", "zero2"), count, 0.0)

@@ -227,9 +227,9 @@ def test_dollars_are_those_of_the_nodes_that_are_paid():
     ("column", "value", "message"),
     [
         ("gpu", "A1000", "did you mean"),
-        ("strategy", "fsdp", "column strategy: unknown 'fsdp'; known: single, ddp"),
-        ("stack", "jax", "column stack: unknown 'jax'"),
-        ("micro_batch", "many", "column micro_batch must hold numbers"),
+        ("strategy", "fsdp", "strategy: unknown 'fsdp'; known: single, ddp"),
+        ("stack", "jax", "stack: unknown 'jax'"),
+        ("micro_batch", "many", "micro_batch must hold numbers"),
         ("cloud", "awz", "unknown cloud 'awz'; did you mean 'aws'?"),
     ],
 )

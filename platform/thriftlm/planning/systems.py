@@ -258,14 +258,14 @@ def _numbers(cells: Cells, name: str) -> Floats:
     try:
         return np.array([float("nan" if word == "" else word) for word in words])[which]
     except ValueError as error:
-        raise InputError(f"column {name} must hold numbers or empty cells: {error}") from error
+        raise InputError(f"{name} must hold numbers or empty cells: {error}") from error
 
 
 def _look_up(name: str, word: str, values: Mapping[str, Any], default: str) -> Any:
     if word in ("", "unknown", "nan"):
         return values[default]
     if word not in values:
-        raise InputError(f"column {name}: unknown '{word}'; known: {', '.join(values)}")
+        raise InputError(f"{name}: unknown '{word}'; known: {', '.join(values)}")
     return values[word]
 
 

@@ -254,7 +254,7 @@ def test_every_part_is_finite_and_not_negative_over_a_wide_grid():
             "zero3",
         ],
         "act_ckpt": ["none", "selective", "full"],
-        "stack": ["eager", "fused", "compiled", "native"],
+        "stack": ["eager", "fused", "compiled", "native", "thriftlm"],
         "attention": ["math", "flash", "fa3"],
         "precision": ["bf16", "amp_bf16", "bf16_true", "fp32"],
         "gpu": ["A100-40GB", "H100-80GB", "RTX4090", "L4-24GB", "A40", "GH200", "B200-180GB"],

@@ -43,7 +43,7 @@ def test_one_system_has_the_keys_of_the_design(thriftlm):
     (row,) = grid(thriftlm, "tinyllama-1.1b", "--gpu", "A100-40GB", "--gpus", "8")
     assert set(row) >= DESIGN
     assert row["basis"] == "estimated"
-    assert (row["strategy"], row["micro_batch"], row["stack"]) == ("fsdp_full", 8, "native")
+    assert (row["strategy"], row["micro_batch"], row["stack"]) == ("fsdp_full", 8, "thriftlm")
 
 
 def test_repeated_options_make_a_grid(thriftlm):

@@ -25,7 +25,7 @@ from thriftlm.planning.systems import (
 from thriftlm.spec import InputError, SystemSpec
 from thriftlm_models.config import ModelSpec
 
-Stack = Literal["eager", "fused", "compiled", "native"]
+Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
 GB = 1e9
 Z_80 = 1.2816
 """Standard normal deviate of an 80% interval."""
@@ -122,7 +122,7 @@ def estimate(
     seq_len: int,
     batch_tokens: int,
     *,
-    stack: Stack = "native",
+    stack: Stack = "thriftlm",
     calibration: Calibration | None = None,
 ) -> Estimate:
     """What a system is expected to do with a model: memory, tokens/s, USD per billion tokens."""
@@ -136,7 +136,7 @@ def estimate_specs(
     seq_len: int,
     batch_tokens: int,
     *,
-    stack: Stack = "native",
+    stack: Stack = "thriftlm",
     calibration: Calibration | None = None,
 ) -> Estimates:
     """Estimates of models on systems that share sequence length, batch and software."""
@@ -191,7 +191,7 @@ def interval_classes(s: Systems) -> NDArray[np.int64]:
     eager = s.stack == STACKS.index("eager")
     math = s.kernel == KERNELS.index("math")
     loose = (s.has_nvlink == 0) | ((s.capability != 8.0) & (is_hopper(s) == 0))
-    found = np.where(s.stack == STACKS.index("native"), 1, 0)
+    found = np.where(s.stack >= STACKS.index("native"), 1, 0)
     found = np.where(loose, 2, found)
     return np.where(eager & ((s.gated > 0) | math), 3, found)
 

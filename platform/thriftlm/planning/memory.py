@@ -12,15 +12,15 @@ SELECTIVE_KEPT = 0.4
 the rest (torchtitan's op policy, peak memory of its Llama 3.1 8B runs)."""
 GATHERED_BLOCKS = 2.0
 """Blocks that fully sharded training holds whole: the one that runs and the one prefetched."""
-LOGIT_BYTES = {"eager": 8.0, "fused": 6.0, "compiled": 8.0, "native": 0.0}
+LOGIT_BYTES = {"eager": 8.0, "fused": 6.0, "compiled": 8.0, "native": 2.0, "thriftlm": 0.0}
 """Per token and vocabulary entry: bf16 logits (2), log-softmax in fp32 (4), bf16 gradient (2); a
-fused loss writes the gradient over the logits. Ours holds one block of logits."""
+fused loss writes the gradient over the logits, llm.c over bf16 ones. Ours holds one block."""
 UPCAST_LOGIT_BYTES = 14.0
 """Eager Llama stacks upcast logits first and keep them: two fp32 tensors and an fp32 gradient.
 Eager GPT stacks that publish throughput do not: 46 of their rows could not have held it."""
 PURE_BF16_LOGIT_BYTES = 6.0
 """Log-softmax in bf16, where nothing is fp32."""
-NATIVE_LOGIT_BLOCK_BYTES = 64 * 2.0**20
+OUR_LOGIT_BLOCK_BYTES = 64 * 2.0**20
 """`thriftlm_models.loss.LOGIT_BLOCK_BYTES`, which planning may not import: it needs torch."""
 SCORE_BYTES = 6.0
 """Kept by `math` attention per score: softmax in fp32 and its bf16 copy."""
@@ -152,7 +152,8 @@ def _activations(s: Systems) -> dict[str, Floats]:
     query, kv = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
     # Eager stacks expand keys and values to one per query head.
     attention = np.where(eager, 4 * query, 2 * query + 2 * kv)
-    gated = np.where(by_stack(s, {"eager": 1, "fused": 0, "compiled": 0, "native": 1}) > 0, 4, 3)
+    keeps_gate_apart = np.isin(s.stack, [STACKS.index("eager"), STACKS.index("thriftlm")])
+    gated = np.where(keeps_gate_apart, 4, 3)
     scores = s.micro_batch * s.n_heads * s.seq_len**2 * s.layers
     kept = np.where(s.fp32 > 0, FP32, SCORE_BYTES)
     return {
@@ -169,5 +170,5 @@ def _logits(s: Systems) -> Floats:
     upcasts = (s.stack == STACKS.index("eager")) & (s.gated > 0)
     each = np.where(upcasts, UPCAST_LOGIT_BYTES, each)
     held = np.where(pure, np.minimum(each, PURE_BF16_LOGIT_BYTES), each) * s.tokens * s.vocab
-    native = 4 * NATIVE_LOGIT_BLOCK_BYTES + s.vocab * s.d_model * FP32
-    return np.where(s.stack == STACKS.index("native"), native, held)
+    ours = 4 * OUR_LOGIT_BLOCK_BYTES + s.vocab * s.d_model * FP32
+    return np.where(s.stack == STACKS.index("thriftlm"), ours, held)

@@ -25,11 +25,30 @@ NARROW_HEAD = 0.85
 """Speed of flash kernels with heads of 64 over heads of 128 (arXiv 2307.08691, Figure 4)."""
 FP32_OF_BF16 = {"datacenter": 1 / 16, "card": 1 / 2}
 """Rate of fp32 products without TF32 over bf16's: A100 19.5 of 312; RTX 4090 82.6 of 165.2."""
+HALF_RATE_FRACTION = 0.93
+"""Of the bf16 peak in large products where fp32 accumulation runs at half rate: cuBLAS reaches 105
+to 115 of 119.5 TFLOP/s on an L20 (DefTruth/CUDA-Learn-Notes, hgemm; read 2026-11-24). Neither
+memory nor power holds back tensor cores that wait every other cycle."""
+NATIVE_OPERAND_TRAFFIC = 1.0
+"""Of stacks without torch: bias and activation in the epilogue of the product, no casts, so each
+operand moves once. Not measured: no published row has such a stack."""
 LAUNCH_SECONDS = 5e-6
 """CPU time of launching one kernel from eager torch; not identified by published rows."""
-KERNELS_PER_LAYER = {"eager": 130.0, "fused": 70.0, "compiled": 60.0, "native": 90.0}
+KERNELS_PER_LAYER = {
+    "eager": 130.0,
+    "fused": 70.0,
+    "compiled": 60.0,
+    "native": 40.0,
+    "thriftlm": 90.0,
+}
 """Launches of one block, forward and backward, counted in profiles of Llama blocks."""
-OPTIMIZER_BYTES = {"eager": 48.0, "fused": 28.0, "compiled": 36.0, "native": 28.0}
+OPTIMIZER_BYTES = {
+    "eager": 48.0,
+    "fused": 28.0,
+    "compiled": 36.0,
+    "native": 28.0,
+    "thriftlm": 28.0,
+}
 """Memory traffic of an AdamW step per parameter with fp32 state: fused reads parameter, gradient
 and two moments and writes three of them (28); unfused kernels come back for some of it."""
 SCORE_BYTES = 70.0
@@ -119,6 +138,7 @@ def matmul_seconds(s: Systems, c: Constants) -> Floats:
     passes = 3 + recomputed(s)
     flops = 2 * s.tokens * (passes * s.layers * s.block_matmul_params + 3 * s.vocab * s.d_model)
     fraction = np.where(is_hopper(s) > 0, c.matmul_fraction_hopper, c.matmul_fraction_ampere)
+    fraction = np.where(s.half_rate > 0, HALF_RATE_FRACTION, fraction)
     return flops / (peak(s) * fraction)
 
 
@@ -131,7 +151,9 @@ def operand_seconds(s: Systems, c: Constants) -> Floats:
     head = s.tokens * (s.d_model + s.vocab) + s.vocab * s.d_model
     values = (3 + recomputed(s)) * s.layers * block + 3 * head
     size = np.where(s.fp32 > 0, FP32, BF16)
-    return c.operand_traffic * values * size / (s.memory_bytes_per_s * c.memory_fraction)
+    native = s.stack == STACKS.index("native")
+    each = np.where(native, NATIVE_OPERAND_TRAFFIC, c.operand_traffic)
+    return each * values * size / (s.memory_bytes_per_s * c.memory_fraction)
 
 
 def attention_seconds(s: Systems, c: Constants) -> Floats:
@@ -161,8 +183,8 @@ def elementwise_values(s: Systems) -> Floats:
     gpt = 2 * 2 * s.d_model + 6 * s.d_model + 2 * s.d_ff
     eager = np.where(s.gated > 0, llama, gpt)
     fused = 2 * 4 * s.d_model + np.where(s.gated > 0, 2 * turned + 3 * s.d_ff, 2 * s.d_ff)
-    native = 4 * s.d_model + 6 * s.d_model + 6 * turned + (2 + 3 * s.gated) * s.d_ff
-    return np.choose(s.stack, [eager, fused, fused, native])
+    ours = 4 * s.d_model + 6 * s.d_model + 6 * turned + (2 + 3 * s.gated) * s.d_ff
+    return np.choose(s.stack, [eager, fused, fused, fused, ours])
 
 
 def elementwise_seconds(s: Systems, c: Constants) -> Floats:
@@ -175,7 +197,8 @@ def elementwise_seconds(s: Systems, c: Constants) -> Floats:
 
 def logit_seconds(s: Systems, c: Constants) -> Floats:
     """Of one pass: softmax of the logits in fp32 and its gradient, beside the product."""
-    each = by_stack(s, {"eager": 28.0, "fused": 8.0, "compiled": 12.0, "native": 16.0})
+    traffic = {"eager": 28.0, "fused": 8.0, "compiled": 12.0, "native": 8.0, "thriftlm": 16.0}
+    each = by_stack(s, traffic)
     return each * s.tokens * s.vocab / (s.memory_bytes_per_s * c.memory_fraction)
 
 

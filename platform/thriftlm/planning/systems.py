@@ -35,7 +35,8 @@ STRATEGIES = (
     "zero2",
     "zero3",
 )
-STACKS = ("eager", "fused", "compiled", "native")
+STACKS = ("eager", "fused", "compiled", "native", "thriftlm")
+"""Torch; torch with fused kernels; torch.compile; CUDA without torch (llm.c); our own core."""
 CHECKPOINTING = ("none", "selective", "full")
 PRECISIONS = ("bf16", "amp_bf16", "bf16_true", "fp32")
 MASTERS = ("fp32", "bf16", "unknown")
@@ -57,14 +58,15 @@ KERNEL_OF = {
 UNKNOWN = {
     "seq_len": 2048.0,
     "vocab": 50_304.0,
-    "grad_accum": 1.0,
+    "batch_tokens": 524_288.0,
     "n_gpus": 1.0,
     "internode_gbps": 100.0,
     "tokens_per_pass": 16_384.0,
     "largest_node": 8.0,
 }
 """What an empty cell stands for where neither the row nor the catalog says more: a GPT-2
-vocabulary, no accumulation, 100 Gb/s Ethernet, 16k tokens per forward pass (TinyLlama's)."""
+vocabulary and batch (its 0.5M tokens a step), 100 Gb/s Ethernet, 16k tokens per forward pass
+(TinyLlama's)."""
 
 GB_PER_S_OF_LANE = {"3": 0.985, "4": 1.969, "5": 3.938}
 """PCI Express payload in 1e9 bytes per second, lane and direction, by generation (PCI-SIG)."""
@@ -114,6 +116,8 @@ class Systems:
     """Of the GPU, dense bf16 per second."""
     capability: Floats
     """CUDA compute capability."""
+    half_rate: Floats
+    """1 where fp32 accumulation, which the peak is of, runs at half the tensor cores' rate."""
     memory_bytes: Floats
     """Nominal memory."""
     memory_bytes_per_s: Floats
@@ -307,17 +311,21 @@ def _model(columns: _Columns) -> dict[str, Any]:
 def _training(columns: _Columns) -> dict[str, Any]:
     n_gpus = columns.number("n_gpus", UNKNOWN["n_gpus"])
     seq_len = columns.number("seq_len", UNKNOWN["seq_len"])
-    accum = columns.number("grad_accum", UNKNOWN["grad_accum"])
-    by_batch = columns.number("global_batch_tokens") / (n_gpus * seq_len * accum)
+    accum = columns.number("grad_accum")
+    batch_tokens = columns.number("global_batch_tokens")
+    by_batch = batch_tokens / (n_gpus * seq_len * np.where(np.isnan(accum), 1.0, accum))
     usual = np.maximum(1.0, UNKNOWN["tokens_per_pass"] // seq_len)
+    micro_batch = columns.number("micro_batch", np.where(by_batch >= 1, by_batch, usual))
+    batch_tokens = np.where(np.isnan(batch_tokens), UNKNOWN["batch_tokens"], batch_tokens)
+    by_tokens = np.maximum(1.0, np.round(batch_tokens / (micro_batch * n_gpus * seq_len)))
     precision = columns.code("precision", PRECISIONS, "amp_bf16")
     masters = columns.code("master_weights", MASTERS, "unknown")
     pure = (masters == MASTERS.index("bf16")) | (precision == PRECISIONS.index("bf16_true"))
     unsaid = (precision == PRECISIONS.index("bf16")) & (masters == MASTERS.index("unknown"))
     return {
         "n_gpus": n_gpus,
-        "micro_batch": columns.number("micro_batch", np.where(by_batch >= 1, by_batch, usual)),
-        "grad_accum": accum,
+        "micro_batch": micro_batch,
+        "grad_accum": np.where(np.isnan(accum), by_tokens, accum),
         "strategy": _strategy(columns, n_gpus),
         "act_ckpt": columns.code("act_ckpt", CHECKPOINTING, "none"),
         "kernel": _kernel(columns),
@@ -367,6 +375,7 @@ def _hardware(columns: _Columns) -> dict[str, Any]:
     return {
         "gpus_per_node": np.minimum(columns.number("gpus_per_node", per_node), n_gpus),
         "peak_flops": of(lambda entry: entry.bf16_tflops) * 1e12,
+        "half_rate": of(lambda entry: entry.product.startswith("GeForce")),
         "capability": of(lambda entry: entry.compute_capability),
         "memory_bytes": of(lambda entry: entry.memory_gib) * GIB,
         "memory_bytes_per_s": of(lambda entry: entry.memory_gb_per_s) * 1e9,

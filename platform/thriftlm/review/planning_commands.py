@@ -9,12 +9,10 @@ import typer
 STRATEGY = "single|ddp|fsdp_full|fsdp_grad_op|hsdp|zero1|zero2|zero3"
 ATTENTION = "math|flash|efficient|cudnn|flex|fa1|fa2|fa3|fa4"
 CHECKPOINTING = "none|selective|full"
-STACK = "eager|fused|compiled|native"
+STACK = "eager|fused|compiled|native|thriftlm"
 Precision = Literal["fp32", "amp_bf16", "bf16_true"]
 
-SOFTWARE = (
-    "Software that trains: plain torch, fused kernels, torch.compile, or ours. Decides by 2x."
-)
+SOFTWARE = "Software that trains: plain torch, fused kernels, torch.compile, CUDA, or ours."
 AGAIN = " May be given several times."
 
 
@@ -54,7 +52,7 @@ def estimate(
         list[str],
         typer.Option(metavar=CHECKPOINTING, help=f"Activation checkpointing; default none.{AGAIN}"),
     ] = [],  # noqa: B006
-    stack: Annotated[list[str], typer.Option(metavar=STACK, help=SOFTWARE + AGAIN)] = ["native"],  # noqa: B006
+    stack: Annotated[list[str], typer.Option(metavar=STACK, help=SOFTWARE + AGAIN)] = ["thriftlm"],  # noqa: B006
     precision: Annotated[
         Precision, typer.Option(help="bf16 with fp32 masters, all bf16, or all fp32.")
     ] = "amp_bf16",

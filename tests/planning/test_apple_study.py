@@ -53,8 +53,9 @@ class Study:
             for m, g, n, a, b in product(MODELS, GPUS, COUNTS, ("math", "flash"), BATCHES)
             for s in (("single",) if n == 1 else ("ddp", "fsdp_full", "fsdp_grad_op"))
         ]
+        software = {"precision": precision, "stack": stack}
         rows = [
-            shapes[p["model"]] | p | {"gpus_per_node": 8, "precision": precision, "stack": stack}
+            shapes[p["model"]] | p | software | {"gpus_per_node": 8, "grad_accum": 1}
             for p in self.points
         ]
         found = estimate_table({key: [row[key] for row in rows] for key in rows[0]})

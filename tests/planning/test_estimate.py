@@ -207,7 +207,7 @@ def test_unknown_is_absent_and_never_zero():
 
 def test_empty_cells_take_what_the_page_says():
     told = rows(n_kv_heads="", head_dim="", grad_accum="", act_ckpt="", attention="")
-    full = rows(n_kv_heads=32, head_dim=64, grad_accum=1, act_ckpt="none", attention="flash")
+    full = rows(n_kv_heads=32, head_dim=64, grad_accum=4, act_ckpt="none", attention="flash")
     got, want = (estimate_table(t).seconds.attention for t in (told, full))
     np.testing.assert_array_equal(got, want)
 

@@ -33,6 +33,7 @@ def llm_analysis_tokens_per_s(table, systems, efficiency):
             n_head=int(systems.n_heads[i]),
             hidden_dim=int(systems.d_model[i]),
             vocab_size=int(systems.vocab[i]),
+            max_seq_len=int(systems.seq_len[i]),
             num_key_value_heads=int(systems.n_kv_heads[i]),
             ffn_embed_dim=int(systems.d_ff[i]),
             expansion_ratio=systems.d_ff[i] / systems.d_model[i],

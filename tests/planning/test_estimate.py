@@ -198,6 +198,8 @@ def test_unknown_is_absent_and_never_zero():
     assert cpu.peak_mem_gb > 0
     no_bf16 = estimate(TINY, SystemSpec(gpu="T4"), 2048, 2**17)
     assert no_bf16.tokens_per_s_per_gpu is None
+    small = estimate(ModelSpec(preset="apple-100m"), SystemSpec(gpu="V100-32GB"), 1024, 2**17)
+    assert (small.fits, small.reason) == (True, "no bf16 peak is known")
     shapeless = estimate_table(rows(d_model="", n_layers=""))[0]
     assert shapeless.tokens_per_s_per_gpu is shapeless.peak_mem_gb is None
     nowhere = estimate(TINY, SystemSpec(gpu="RTX5090"), 2048, 2**17)

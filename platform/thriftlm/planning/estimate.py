@@ -47,7 +47,7 @@ class Estimate:
     """What torch allocates at most, in 1e9 bytes."""
     fits: bool | None
     reason: str
-    """Why it does not fit or is not known; empty where it fits."""
+    """Why it does not fit or is not known; empty where it fits and its speed is known."""
     usd_per_btok: float | None
     """USD per 1e9 training tokens, idle GPUs of whole nodes included."""
     instance: str | None
@@ -83,13 +83,15 @@ class Estimates:
         return len(self.fits)
 
     def reason(self, i: int) -> str:
-        """Why entry i does not fit or cannot be known; empty where it fits."""
+        """Why entry i does not fit or is not known; empty where it fits and its speed is known."""
         needs, has = self.memory.needed[i] / GB, self.systems.memory_bytes[i] / GB
         if np.isnan(needs):
             return "the model's shape is not known"
         if np.isnan(has):
             return "the machine's memory is not known"
-        return "" if self.fits[i] else f"needs {needs:.0f} GB of {has:.0f}"
+        if not self.fits[i]:
+            return f"needs {needs:.0f} GB of {has:.0f}"
+        return "no bf16 peak is known" if np.isnan(self.systems.peak_flops[i]) else ""
 
     def __getitem__(self, i: int) -> Estimate:
         return Estimate(

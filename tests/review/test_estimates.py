@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -172,3 +174,13 @@ def test_an_estimate_answers_at_once_and_loads_nothing_heavy():
     seconds, heavy = done.stderr.split(maxsplit=1)
     assert heavy.strip() == "[]"
     assert float(seconds) < 1
+
+
+def test_the_estimate_that_the_readme_shows_is_the_one_that_comes(thriftlm):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (shown,) = re.findall(r"\$ thriftlm (estimate .*)\n((?:.+\n)+?)```", text)
+    code, out, _ = thriftlm(*shown[0].split())
+    assert code == 0
+    printed = [line.split() for line in out.splitlines()]
+    for line in shown[1].splitlines():
+        assert line.split() in printed

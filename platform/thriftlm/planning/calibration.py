@@ -238,7 +238,7 @@ def accuracy(log_error: Floats, group: str = "all") -> Accuracy:
 def accuracy_by(log_error: Floats, groups: Cells) -> list[Accuracy]:
     """One line for all rows and one per group, most rows first."""
     names = np.asarray(groups, dtype=str)
-    lines = [accuracy(log_error[names == name], name) for name in np.unique(names)]
+    lines = [accuracy(log_error[names == name], str(name)) for name in np.unique(names)]
     return [accuracy(log_error), *sorted(lines, key=lambda line: -line.n_rows)]
 
 

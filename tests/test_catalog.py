@@ -37,6 +37,17 @@ def system(**fields):
         ("Tesla V100-SXM2-16GB", "V100-16GB"),
         ("H100-MEGA", "H100-80GB"),
         ("l40s", "L40S-48GB"),
+        ("NVIDIA GeForce RTX 3090", "RTX3090"),
+        ("RTX-4090", "RTX4090"),
+        ("4090", "RTX4090"),
+        ("NVIDIA GeForce RTX 5090", "RTX5090"),
+        ("rtx 5060 ti", "RTX5060Ti-16GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTXPRO6000-96GB"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("nvidia a40", "A40"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("H100 64GB", "H100-64GB"),
+        ("A100-SXM-64GB", "A100-64GB"),
         ("CPU", "cpu"),
     ],
 )
@@ -52,6 +63,8 @@ def test_names_of_ray_skypilot_and_people(name, key):
         ("A100-8GB", "did you mean 'A100-80GB'?"),
         ("H1000", "did you mean 'H100-80GB'?"),
         ("abacus", "unknown GPU 'abacus'; known: A100-40GB,"),
+        ("RTX 6000", "unknown GPU 'RTX 6000'"),  # neither the PRO 6000 nor the A6000
+        ("RTX 3090 Ti", "unknown GPU 'RTX 3090 Ti'"),
         ("", "unknown GPU ''"),
     ],
 )
@@ -197,3 +210,38 @@ def test_a_price_reads_as_one_line():
     assert str(price(system())) == (
         "aws/us-east-1/on_demand c7i.xlarge 0.044625 USD/vCPU-hour (2026)"
     )
+
+
+def test_every_canonical_id_of_the_design_is_there_with_what_an_estimate_needs():
+    ids = [
+        "A100-40GB",
+        "A100-80GB",
+        "A100-64GB",
+        "H100-80GB",
+        "H100-64GB",
+        "H100-96GB",
+        "H200-141GB",
+        "B200-180GB",
+        "L4-24GB",
+        "A10G-24GB",
+        "L40S-48GB",
+        "V100-16GB",
+        "V100-32GB",
+        "T4-16GB",
+        "RTX3090",
+        "RTX4090",
+        "RTX5090",
+        "RTX5060Ti-16GB",
+        "RTXPRO6000-96GB",
+        "A6000",
+        "A40",
+        "GH200",
+    ]
+    for entry in map(gpu, ids):
+        assert entry.memory_gib is not None
+        assert entry.memory_gb_per_s is not None
+        assert entry.compute_capability is not None
+        assert entry.compute_capability < 8 or entry.bf16_tflops is not None
+    # fp32 accumulation, which training uses: half of what the boxes of consumer cards say.
+    assert gpu("RTX4090").bf16_tflops == 165.2
+    assert gpu("RTXPRO6000").compute_capability == 12.0

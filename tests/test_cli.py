@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from thriftlm import cli
-
 HEAVY = ("torch", "ray", "mlflow", "optuna", "deepspeed", "pyarrow", "matplotlib")
 RUN = """model: {preset: mobilellm-125m}
 optim: {batch_tokens: 1024}
@@ -27,24 +25,6 @@ space:
   optim: {batch_tokens: 1024}
   system: {gpu: cpu, micro_batch: 1}
 """
-
-
-def call(
-    *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["thriftlm", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
-@pytest.fixture
-def thriftlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    monkeypatch.setenv("THRIFTLM_STORAGE", str(tmp_path / "storage"))
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture
@@ -64,7 +44,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-    for command in ("search", "train", "models", "gpus", "spaces", "doctor", "data"):
+    for command in ("search", "train", "estimate", "models", "gpus", "spaces", "doctor", "data"):
         assert command in done.stdout
 
 
@@ -78,7 +58,15 @@ def test_module_and_script_are_the_same() -> None:
 
 
 def test_every_option_is_explained(thriftlm) -> None:
-    for command in (["search"], ["train"], ["models"], ["doctor"], ["data", "build"]):
+    for command in (
+        ["search"],
+        ["train"],
+        ["estimate"],
+        ["calibrate"],
+        ["models"],
+        ["doctor"],
+        ["data", "build"],
+    ):
         code, out, _ = thriftlm(*command, "--help")
         assert code == 0
         options = [line for line in out.splitlines() if line.lstrip("│ ").startswith("--")]

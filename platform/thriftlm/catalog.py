@@ -29,8 +29,17 @@ NORMALISED = "apple_normalised"
 OUTLIER_FACTOR = 3.0
 """A price further than this from the median of its GPU is taken for a mistake."""
 GPU_COUNTS = (1, 2, 4, 8, 16)
-NODE_SHAPES = {"A100-80GB-SXM": "A100-80GB", "H100-SXM": "H100-80GB", "H100-MEGA": "H100-80GB"}
-"""SkyPilot's names for variants that are one GPU to us."""
+NODE_SHAPES = {
+    "A100-80GB-SXM": "A100-80GB",
+    "H100-SXM": "H100-80GB",
+    "H100-MEGA": "H100-80GB",
+    "NVIDIA GH200 480GB": "GH200",
+}
+"""SkyPilot's and nvidia-smi's names for variants that are one GPU to us."""
+RARE = frozenset(("A100-64GB", "H100-64GB", "H100-96GB"))
+"""Made for single clusters: meant only where their size is said."""
+MUST_BE_SAID = frozenset(("pro", "ti"))
+"""Words that name another chip: an RTX 6000 is no RTX PRO 6000."""
 
 
 class Gpu(Spec):
@@ -50,8 +59,10 @@ class Gpu(Spec):
     """Memory bandwidth in 1e9 bytes per second."""
     nvlink_gb_per_s: float | None
     """NVLink in 1e9 bytes per second and GPU, both directions added; 0 is no NVLink."""
+    pcie: str | None
+    """PCIe link of the GPU, as `Gen4 x16`."""
     gpus_per_node: PositiveInt | None
-    """GPUs in a usual node; None for cpu, whose workers share one machine."""
+    """GPUs in a usual node; None for cpu, whose workers share one machine, and for loose cards."""
     node_network_gbit_per_s: PositiveFloat | None
     """Network of that node in 1e9 bits per second."""
     ray_accelerator_type: str | None
@@ -127,19 +138,27 @@ def _matches(name: str) -> list[str]:
         return [NODE_SHAPES[name.upper()]]
     asked = _words(name)
     words = {key: _words(key) for key in gpus()}
-    exact = [key for key, own in words.items() if own == asked]
+    products = {key: _words(entry.product) for key, entry in gpus().items()}
+    exact = [key for key, own in words.items() if asked in (own, products[key])]
     if exact or not asked:
         return exact
-    wider = [key for key, own in words.items() if asked < own]
+    wider = [
+        key
+        for key, own in words.items()
+        if asked < own | products[key] and not (own - asked) & MUST_BE_SAID
+    ]
     plain = [key for key in wider if not (words[key] - asked) & {"pcie", "nvl"}]
-    return plain or wider
+    return [key for key in plain if key not in RARE] or plain or wider
 
 
 def _words(name: str) -> frozenset[str]:
     """The words of a name that tell GPUs apart: "NVIDIA A100-SXM4-80GB" is {a100, 80gb}."""
     sized = re.sub(r"(\d+)[\s_-]*g(?:i?b)?\b", r"\1gb", name.casefold())
-    words = re.split(r"[\s_-]+", re.sub(r"(?<=\d)(pcie|nvl|sxm)", r" \1", sized))
-    silent = re.compile(r"nvidia|tesla|sxm\d?|hbm\de?|")
+    parted = re.sub(r"(?<=\d)(pcie|nvl|sxm|ti\b)|(?<=rtx)(pro)?(?=\d)", r" \1\2 ", sized)
+    words = re.split(r"[\s_-]+", parted)
+    silent = re.compile(
+        r"nvidia|tesla|geforce|blackwell|server|workstation|edition|sxm\d?|hbm\de?|"
+    )
     return frozenset(word for word in words if not silent.fullmatch(word))
 
 
@@ -155,6 +174,7 @@ def _gpu(row: Row) -> Gpu:
         memory_gib=number("hbm_gib"),
         memory_gb_per_s=number("hbm_gbps"),
         nvlink_gb_per_s=number("nvlink_gbps_per_gpu_bidirectional"),
+        pcie=row["pcie"] or None,
         gpus_per_node=int(row["typical_gpus_per_node"]) if row["typical_gpus_per_node"] else None,
         node_network_gbit_per_s=number("node_network_gbps"),
         ray_accelerator_type=row["ray_accelerator_type"] or None,

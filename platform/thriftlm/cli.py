@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from thriftlm.review import planning_commands
+
 app = typer.Typer(
     name="thriftlm",
     help="Which small language model, on which GPUs, sharded how, for the lowest loss per dollar.",
@@ -268,6 +270,10 @@ def export(
     print(f"{found['folder']}: {found['architecture']}, {found['exported_params']:,} parameters")
     for note in found["notes"]:
         print(f"note: {note}")
+
+
+app.command()(planning_commands.estimate)
+app.command()(planning_commands.calibrate)
 
 
 @app.command()

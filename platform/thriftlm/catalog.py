@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from pydantic import PositiveFloat, PositiveInt
 
 from thriftlm.spec import InputError, Spec, SystemSpec
+from thriftlm_models.kernels import Target
 
 Market = Literal["on_demand", "spot"]
 Billing = Literal["whole_node", "pro_rata"]
@@ -181,6 +182,17 @@ def _gpu(row: Row) -> Gpu:
         skypilot_name=row["skypilot_name"] or None,
         source=row["source"],
     )
+
+
+def attention_target(gpu_name: str, precision: str) -> Target:
+    """Where attention would run, for `thriftlm_models.kernels` to say which kernel can.
+
+    Raises:
+        InputError: unknown GPU.
+    """
+    card = gpu(gpu_name)
+    device: Literal["cpu", "cuda"] = "cpu" if card.id == "cpu" else "cuda"
+    return Target(device, card.compute_capability, in_bf16=precision != "fp32")
 
 
 # --- prices -------------------------------------------------------------------------------------

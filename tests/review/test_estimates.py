@@ -80,6 +80,16 @@ def test_the_table_says_why_a_system_is_out(thriftlm):
     assert "exposed communication" in out
 
 
+def test_a_kernel_that_our_core_cannot_run_there_is_out(thriftlm):
+    options = ("mobilellm-125m", "--gpu", "A100-40GB", "--gpu", "H100", "--attention", "fa3")
+    rows = grid(thriftlm, *options, "--attention", "flash", "--micro-batch", "2")
+    out = {(row["gpu"], row["attention"]): row["reason"] for row in rows if not row["fits"]}
+    reason = "fa3: it needs compute capability 9.0 to 9.0, this is 8.0"
+    assert out == {("A100-40GB", "fa3"): reason}
+    others = grid(thriftlm, *options, "--stack", "fused", "--micro-batch", "2")
+    assert all(row["fits"] for row in others)  # what runs elsewhere is not ours to say
+
+
 def test_spot_and_another_cloud_change_dollars_alone(thriftlm):
     base = ("apple-1b", "--gpu", "A100-40GB", "--gpus", "8")
     (here,) = grid(thriftlm, *base)

@@ -1,6 +1,18 @@
+from datetime import date, timedelta
+
 import pytest
 
-from thriftlm.review.wording import counted, describe, duration, limits, shortened, usd, why_ended
+from thriftlm import catalog
+from thriftlm.review.wording import (
+    counted,
+    describe,
+    duration,
+    limits,
+    shortened,
+    stale_prices,
+    usd,
+    why_ended,
+)
 
 POINT = {
     "model.n_layers": 4,
@@ -79,3 +91,9 @@ def test_why_a_trial_ended(status: str, reason: str, text: str) -> None:
 
 def test_limits() -> None:
     assert limits({"usd": 0.02, "hours": None, "trials": 8}) == "$0.02, 8 trials"
+
+
+def test_prices_go_stale_after_ninety_days():
+    newest = date(2026, 1, 1) - timedelta(days=catalog.age_days(date(2026, 1, 1)))
+    assert stale_prices(newest + timedelta(days=90)) == ""
+    assert stale_prices(newest + timedelta(days=91)) == "warning: prices are over 90 days old"

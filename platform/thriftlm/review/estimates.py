@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimate, Estimates, estimate_table
 from thriftlm.planning.systems import STRATEGIES, model_columns
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.review.wording import optional, usd
+from thriftlm.review.wording import optional, stale_prices, usd
 from thriftlm.spec import InputError
+from thriftlm_models import kernels
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.presets import preset
 
@@ -120,7 +122,21 @@ def estimate_grid(model: ModelSpec, grid: Grid, *, best: bool, explain: bool) ->
     columns |= {key: [row[key] for row in systems] for key in systems[0]}
     found = estimate_table(columns)
     rows = [as_row(system, found[i], explain) for i, system in enumerate(systems)]
+    for row in rows:
+        if reason := kernel_refusal(model, row, grid.precision):
+            row |= {"fits": False, "reason": reason}
     return sorted(rows, key=rank) if best else rows
+
+
+def kernel_refusal(model: ModelSpec, row: Row, precision: str) -> str:
+    """Why our own core could not run the row's attention kernel on its GPU; empty where it can."""
+    name = row["attention"]
+    if row["stack"] != "thriftlm" or name not in kernels.REQUIREMENTS:
+        return ""
+    target = catalog.attention_target(row["gpu"], precision)
+    windowed = "sliding" in model.block_attention
+    reason = kernels.why_not(name, target, model.head_dim, windowed)
+    return f"{name}: {reason}" if reason else ""
 
 
 def rank(row: Row) -> tuple[int, float, float]:
@@ -152,7 +168,9 @@ def show_estimates(rows: list[Row], *, best: bool, explain: bool) -> None:
     if len(listed) < len(rows):
         console.print(f"[dim]{len(rows) - len(listed)} more, all of them with --json[/]")
     out = sum(row["fits"] is False for row in rows)
-    console.print(f"[dim]estimated, 80% intervals; {out} of {len(rows)} do not fit[/]")
+    console.print(f"[dim]estimated, 80% intervals; {out} of {len(rows)} are out[/]")
+    if warning := stale_prices(datetime.now(UTC).date()):
+        console.print(f"[yellow]{warning}[/]")
     for row in listed[: 1 if best else None] if explain else ():
         console.print()
         console.print(Text(breakdown(row)))

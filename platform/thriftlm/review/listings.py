@@ -8,7 +8,7 @@ from typing import Any
 from thriftlm import catalog
 from thriftlm.config_file import space_files
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.review.wording import limits, optional, usd
+from thriftlm.review.wording import limits, optional, stale_prices, usd
 from thriftlm.search.space import load_space
 from thriftlm.spec import DataSpec
 from thriftlm.training.shards import build
@@ -17,8 +17,6 @@ from thriftlm_models.counts import FLOP_FORMULA, applied_params, flops_per_token
 from thriftlm_models.presets import presets
 
 LISTED_SEQ_LEN = 2048
-STALE_PRICE_DAYS = 90
-"""Age from which a listing warns that prices have moved since."""
 
 
 def model_rows() -> list[dict[str, Any]]:
@@ -90,11 +88,11 @@ def show_gpus(rows: list[dict[str, Any]]) -> None:
     ]
     console = plain_console()
     console.print(fitted(columns, cells, console.width))
-    age = catalog.age_days(datetime.now(UTC).date())
+    today = datetime.now(UTC).date()
     console.print("[dim]cheapest on-demand price per GPU-hour in each cloud; cpu per vCPU-hour[/]")
-    console.print(f"[dim]prices {catalog.snapshot_id()}, {age} days old[/]")
-    if age > STALE_PRICE_DAYS:
-        console.print(f"[yellow]warning: prices are over {STALE_PRICE_DAYS} days old[/]")
+    console.print(f"[dim]prices {catalog.snapshot_id()}, {catalog.age_days(today)} days old[/]")
+    if warning := stale_prices(today):
+        console.print(f"[yellow]{warning}[/]")
 
 
 def cheapest(offers: list[dict[str, Any]]) -> dict[str, float]:

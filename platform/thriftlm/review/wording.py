@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
+
+from thriftlm import catalog
 
 SYSTEM_LAST = ("system.strategy", "system.n_gpus")
 """Varied fields that `describe` says at its end, as they were after normalisation."""
 SHORT_NAMES = {"micro_batch": "mb", "batch_tokens": "batch"}
 MOST_DECIMALS = 6
 """A millionth of a dollar is the least that is shown."""
+STALE_PRICE_DAYS = 90
+"""Age from which prices are said to have moved since."""
 
 
 def describe(point: Mapping[str, Any], strategy: str, n_gpus: int) -> str:
@@ -92,3 +97,10 @@ def duration(seconds: float) -> str:
 def optional(value: float | None, form: str) -> str:
     """A number in a format, or a dash where nothing was measured."""
     return "-" if value is None else format(value, form)
+
+
+def stale_prices(today: date) -> str:
+    """A warning where the catalog's prices are old enough to have moved, else nothing."""
+    if catalog.age_days(today) <= STALE_PRICE_DAYS:
+        return ""
+    return f"warning: prices are over {STALE_PRICE_DAYS} days old"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from pydantic import ValidationError
 
-from thriftlm.catalog import gpu, price
+from thriftlm.catalog import attention_target, price
 from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, space_files
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
@@ -153,12 +153,7 @@ class Space:
         return None
 
     def _unrunnable(self, model: ModelSpec, system: SystemSpec) -> Rejected | None:
-        card = gpu(system.gpu)
-        target = kernels.Target(
-            "cpu" if card.id == "cpu" else "cuda",
-            card.compute_capability,
-            in_bf16=system.precision != "fp32",
-        )
+        target = attention_target(system.gpu, system.precision)
         try:
             kernels.check(system.attention, model, f"on {system.gpu}", target)
         except ValueError as error:

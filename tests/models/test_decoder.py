@@ -1,7 +1,6 @@
 """The decoder against its counts, its definition and the wrappers that training puts around it."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,6 @@ SHAPE = {
     "d_ff": 80, "vocab": 131,
 }  # fmt: skip
 SHARED = {"sharing": "reverse", "repeats": 3}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Shapes this small only lose time to more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(**changed: object) -> ModelSpec:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +136,6 @@ IMPORTS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"tie_word_embeddings": False, "n_inner": 72, "activation_function": "gelu_pytorch_tanh"},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Shapes this small only lose time to more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(**changed: object) -> ModelSpec:

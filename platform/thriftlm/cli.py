@@ -207,18 +207,15 @@ def train(
     sys.exit(0 if summary["status"] == "done" else 1)
 
 
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CKPT",
-        help="A checkpoint, a run's folder (its newest one), or a Hugging Face folder.",
-    ),
-]
-
-
 @app.command()
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT",
+            help="A checkpoint, a run's folder (its newest one), or a Hugging Face folder.",
+        ),
+    ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model is to continue.")],
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most new tokens.")] = 64,
     temperature: Annotated[
@@ -249,7 +246,10 @@ def generate(
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder (its newest one)."),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model.")],
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of the weights in the folder.")

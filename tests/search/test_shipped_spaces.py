@@ -89,3 +89,27 @@ def test_tinyllama_space_is_the_published_run() -> None:
     hours = space.training_budget.hours
     assert hours is not None
     assert 24_000 * 16 * hours * 3600 == pytest.approx(3e12, rel=0.01)
+
+
+def test_a_dry_run_says_what_fits_and_what_a_trial_costs() -> None:
+    sweep = describe_space(load_space("mobilellm_depth_width"))["estimated"]
+    assert (sweep["fits"], sweep["out"], sweep["unknown"]) == (9, 0, 0)
+    assert 10 < sweep["usd_per_trial"] < 200
+    tiny = load_space("tinyllama", ["space.optim.lr=4.0e-4"])
+    found = describe_space(tiny)["estimated"]
+    # TinyLlama's own micro batch of 8 fits a 40 GB card; 16 does under no strategy.
+    runs = [tiny.resolve(point, 0) for point in tiny.grid()]
+    assert found["fits"] + found["out"] == len(runs) == 18
+    assert found["out"] >= 6
+    assert all(reason.startswith("needs ") for reason in found["reasons"])
+    eight = load_space("tinyllama", ["space.optim.lr=4.0e-4", "space.system.micro_batch=8"])
+    assert describe_space(eight)["estimated"]["fits"] > 0
+    sixteen = load_space("tinyllama", ["space.optim.lr=4.0e-4", "space.system.micro_batch=16"])
+    assert describe_space(sixteen)["estimated"]["fits"] == 0
+
+
+def test_what_is_not_known_of_a_cpu_is_not_guessed() -> None:
+    found = describe_space(load_space("quickstart"))["estimated"]
+    assert found["fits"] == found["out"] == 0
+    assert found["unknown"] > 0
+    assert found["usd_per_trial"] is None

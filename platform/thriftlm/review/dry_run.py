@@ -1,13 +1,18 @@
 """What a search would do, without doing it: points before and after the rules, and budgets."""
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
+from statistics import median
 from typing import Any
 
 from rich.markup import escape
 
+from thriftlm.planning.estimate import Estimate, estimate_specs
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.review.wording import limits
+from thriftlm.review.wording import limits, usd
 from thriftlm.search.space import Space
+from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import applied_params, stored_params
 from thriftlm_models.presets import presets
@@ -17,6 +22,8 @@ SHAPE = ("n_layers", "sharing", "repeats", "d_model", "n_heads", "n_kv_heads", "
 COUNTS = ("stored_params", "applied_params", "published_as")
 SHOWN_MODELS = 24
 """Models listed in the terminal; `--json` lists all."""
+SHOWN_REASONS = 5
+"""Reasons to be out of memory that the terminal lists."""
 NO_SHAPE = {"preset", "init", "parametrization", "mup_base_width"}
 """Fields of a model that say how it learns or what it is called, not what it computes."""
 
@@ -38,6 +45,7 @@ def describe_space(space: Space) -> dict[str, Any]:
         "distinct": counts.distinct,
         "rejected": counts.rejected,
         "models": models,
+        "estimated": estimated(counts.runs),
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
@@ -60,11 +68,61 @@ def describe_model(model: ModelSpec, varied: list[str]) -> dict[str, Any]:
     }
 
 
+def estimated(runs: Sequence[RunSpec]) -> dict[str, Any]:
+    """What the estimator says of the runs: how many fit into memory, and what one would cost.
+
+    `usd_per_trial` is the median over what fits, each at its full length; None where no speed is
+    known, as on a CPU. What is not known fits neither in nor out.
+    """
+    found = [entry for batch in by_batch(runs) for entry in estimate_batch(batch)]
+    out = Counter(entry.reason for _, entry in found if entry.fits is False)
+    costs = [
+        entry.usd_per_btok * run.tokens / 1e9
+        for run, entry in found
+        if entry.fits and entry.usd_per_btok is not None
+    ]
+    return {
+        "fits": sum(entry.fits is True for _, entry in found),
+        "out": out.total(),
+        "unknown": sum(entry.fits is None for _, entry in found),
+        "reasons": dict(out.most_common()),
+        "usd_per_trial": median(costs) if costs else None,
+    }
+
+
+def by_batch(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    """Runs with the same sequence length and batch together, as the estimator takes them."""
+    groups: dict[tuple[int, int], list[RunSpec]] = {}
+    for run in runs:
+        groups.setdefault((run.data.seq_len, run.optim.batch_tokens), []).append(run)
+    return list(groups.values())
+
+
+def estimate_batch(runs: Sequence[RunSpec]) -> list[tuple[RunSpec, Estimate]]:
+    """Each run with its estimate; all have one sequence length and batch."""
+    first = runs[0]
+    found = estimate_specs(
+        [(run.model, run.system) for run in runs], first.data.seq_len, first.optim.batch_tokens
+    )
+    return [(run, found[i]) for i, run in enumerate(runs)]
+
+
 @cache
 def published_shapes() -> dict[str, str]:
     """Names of the presets by the JSON of their shape; of equal ones the first."""
     models = {name: ModelSpec.model_validate({"preset": name}) for name in presets()}
     return {m.model_dump_json(exclude=NO_SHAPE): name for name, m in reversed(models.items())}
+
+
+def memory_lines(found: dict[str, Any]) -> Iterator[str]:
+    """What the estimator says, in lines."""
+    parts = {"fit": found["fits"], "do not fit": found["out"], "not known": found["unknown"]}
+    told = ", ".join(f"{number:,} {what}" for what, number in parts.items() if number)
+    yield f"memory, estimated: {told}"
+    for reason, number in list(found["reasons"].items())[:SHOWN_REASONS]:
+        yield f"{number:>8,} out: {reason}"
+    if found["usd_per_trial"] is not None:
+        yield f"a full trial, estimated: {usd(found['usd_per_trial'])} (median of what fits)"
 
 
 def in_words(value: Any) -> str:
@@ -122,6 +180,7 @@ def show_space(found: dict[str, Any]) -> None:
     )
     for kind in ("search_budget", "training_budget"):
         console.print(f"  {kind.replace('_', ' ')}: {limits(found[kind])}")
-    console.print("  what fits in memory and the predicted spend: not built yet")
+    for line in memory_lines(found["estimated"]):
+        console.print(f"  {line}", soft_wrap=True)
     for warning in found["warnings"]:
         console.print(f"  [yellow]warning: {escape(warning)}[/]", soft_wrap=True)

@@ -225,7 +225,7 @@ class Constraints(Spec):
     def _not_yet(cls, given: Any) -> Any:
         if isinstance(given, dict) and "memory_fraction" in given:
             raise ValueError(
-                "memory_fraction needs the memory estimate, which is not built yet; leave it out "
+                "memory_fraction is not built yet: `--dry-run` says what fits; leave it out "
                 "and bound params or micro_batch instead"
             )
         return given

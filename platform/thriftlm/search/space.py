@@ -40,16 +40,24 @@ class Counts(NamedTuple):
     """Points looked at."""
     valid: int
     """Those that are runs."""
-    distinct: int
-    """Different runs among them: a single GPU makes all strategies one."""
-    models: tuple[ModelSpec, ...]
-    """Different models among them, in the order found."""
+    runs: tuple[RunSpec, ...]
+    """Different runs among them, in the order found: a single GPU makes all strategies one."""
     rejected: dict[str, int]
     """Points removed, by rule, most first."""
     sampled: bool
     """Whether the points were drawn, not enumerated."""
     size: int | None
     """Points of the whole space; None where a field is continuous."""
+
+    @property
+    def distinct(self) -> int:
+        """How many different runs there are."""
+        return len(self.runs)
+
+    @property
+    def models(self) -> tuple[ModelSpec, ...]:
+        """Their different models."""
+        return tuple(dict.fromkeys(run.model for run in self.runs))
 
 
 class Space:
@@ -202,9 +210,8 @@ class Space:
             else:
                 runs[found] = None
         valid = total - removed.total()
-        models = tuple(dict.fromkeys(run.model for run in runs))
         rejected = dict(removed.most_common())
-        return Counts(total, valid, len(runs), models, rejected, sampled, self.size)
+        return Counts(total, valid, tuple(runs), rejected, sampled, self.size)
 
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant."""

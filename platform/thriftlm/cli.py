@@ -122,9 +122,12 @@ def search(
 
     A finished search prints its answer again.
     """
+    from thriftlm.planning.machine import measured_machine
     from thriftlm.search.space import load_space
+    from thriftlm.search.storage import storage as storage_at
 
-    found = load_space(space, overrides)
+    place = storage_at(storage)
+    found = load_space(space, overrides, measured_machine(place.root))
     if dry_run:
         from thriftlm.review.dry_run import describe_space, show_space
 
@@ -132,9 +135,7 @@ def search(
         emit(described) if as_json else show_space(described)
         return
     from thriftlm.review.session import Sitting
-    from thriftlm.search.storage import storage as storage_at
 
-    place = storage_at(storage)
     sitting = Sitting(
         space=found,
         source=space,

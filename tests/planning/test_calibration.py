@@ -14,12 +14,14 @@ from thriftlm.planning import calibration as calibrating
 from thriftlm.planning.calibration import (
     accuracy,
     calibrate,
-    leave_one_out_utilisation,
-    leave_one_source_out,
+    leave_one_out,
     measured_tokens_per_s,
+    own,
+    published,
     read_rows,
     refined,
     tokens_per_s,
+    utilisation_per_architecture,
 )
 from thriftlm.planning.constants import Constants, from_json, shipped, to_json
 from thriftlm.planning.estimate import estimate_table
@@ -29,17 +31,22 @@ ANSWERS = ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_mem_gb", "oom"
 
 
 @pytest.fixture(scope="module")
-def table():
+def every_row():
     return read_rows()
 
 
 @pytest.fixture(scope="module")
+def table(every_row):
+    return published(every_row)
+
+
+@pytest.fixture(scope="module")
 def left_out(table):
-    return leave_one_source_out(table)
+    return leave_one_out(table, "source")
 
 
-def test_shipped_constants_are_what_the_shipped_rows_give(table):
-    again = calibrate(table)
+def test_shipped_constants_are_what_the_shipped_rows_give(every_row):
+    again = calibrate(every_row)
     for field in fields(Constants):
         fitted, stored = (
             getattr(again.constants, field.name),
@@ -69,7 +76,10 @@ def test_in_sample_error(table):
 
 
 def test_error_with_one_source_left_out_and_the_baselines(table, left_out):
-    found, rival = accuracy(left_out), accuracy(leave_one_out_utilisation(table))
+    found, rival = (
+        accuracy(left_out),
+        accuracy(leave_one_out(table, "source", utilisation_per_architecture)),
+    )
     assert found.n_rows == rival.n_rows == 191
     assert found.median < 0.09
     assert found.p90 < 0.22
@@ -121,18 +131,56 @@ def test_probes_of_a_new_cluster_bring_the_error_down(table, source):
     for _ in range(8):
         probed = rng.choice(own, 5, replace=False)
         rest = np.setdiff1d(own, probed)
-        probes = {name: [cells[i] for i in probed] for name, cells in table.items()}
-        known = refined(stranger, probes)
+        known = refined(stranger, systems.take(probed), measured[probed], "probes")
         for found, errors in ((stranger, before), (known, after)):
             speed = tokens_per_s(systems.take(rest), found.constants)
             errors.extend(np.abs(speed / measured[rest] - 1))
     assert np.median(after) < 0.9 * np.median(before)  # 5 of 7.7%, 8 of 9.9%
 
 
+def test_our_core_on_a_cpu_with_one_model_left_out(every_row):
+    # Seven shapes, fp32 and bf16, both kernels, one process and two under every strategy.
+    found = accuracy(leave_one_out(own(every_row), "model"))
+    assert found.n_rows == 20
+    assert found.median < 0.09
+    assert found.p90 < 0.22
+
+
+def test_rows_of_cpus_say_nothing_of_gpus(every_row, table):
+    systems = from_table(table)
+    alone, _ = calibrating.fit_constants(systems, measured_tokens_per_s(table, systems))
+    for field in fields(Constants):
+        if field.name not in calibrating.CPU_NAMES:
+            assert getattr(shipped().constants, field.name) == pytest.approx(
+                getattr(alone, field.name), rel=2e-3
+            )
+
+
+def test_a_worker_on_a_cpu_holds_what_was_measured(every_row):
+    rows = own(every_row)
+    ratio = estimate_table(rows).peak_mem_gb / np.array(rows["peak_mem_gb"], dtype=float)
+    assert np.median(np.abs(ratio - 1)) < 0.10
+    assert ratio.min() > 0.85
+    assert ratio.max() < 1.15
+
+
+def test_intervals_narrow_to_what_the_probes_leave_open(every_row):
+    rows = own(every_row)
+    systems = from_table(rows)
+    measured = measured_tokens_per_s(rows, systems)
+    exact = tokens_per_s(systems, replace(shipped().constants, matmul_fraction_cpu=0.7))
+    sure = refined(shipped(), systems, exact, "probes")
+    assert sure.constants.matmul_fraction_cpu == pytest.approx(0.7, rel=0.01)
+    assert sure.log_sd["own_cpu"] == calibrating.ROW_SD  # no narrower than repeated rows
+    assert sure.log_sd["new_source"] == shipped().log_sd["new_source"]
+    few = refined(shipped(), systems.take(range(3)), measured[:3], "probes")
+    assert few.log_sd == shipped().log_sd
+
+
 def test_refining_needs_a_measurement(table):
-    empty = {name: [""] for name in table} | {"gpu": ["H100-80GB"], "source": ["mine"]}
+    systems = from_table(table)
     with pytest.raises(ValueError, match="got none"):
-        refined(shipped(), empty)
+        refined(shipped(), systems, np.full(len(systems), np.nan), "probes")
 
 
 def test_row_order_and_repetition_change_nothing(table):

@@ -5,9 +5,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from thriftlm.planning.estimate import estimate, estimate_specs, estimate_table
-from thriftlm.planning.seconds import volumes
-from thriftlm.planning.systems import from_table, model_columns
+from thriftlm.planning.estimate import estimate, estimate_cases, estimate_table
+from thriftlm.planning.seconds import newton_schulz_flops, volumes
+from thriftlm.planning.systems import Case, from_table, model_columns
 from thriftlm.spec import InputError, SystemSpec
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import flops_per_token, stored_params
@@ -61,9 +61,8 @@ def test_mfu_is_the_formula_it_names():
 
 
 def test_parts_sum_to_the_step_and_to_the_memory():
-    found = estimate_specs(
-        [(TINY, SystemSpec(gpu="H100", n_gpus=8, strategy="zero1", micro_batch=4))], 2048, 2**19
-    )
+    system = SystemSpec(gpu="H100", n_gpus=8, strategy="zero1", micro_batch=4)
+    found = estimate_cases([Case(TINY, system, 2048, 2**19)])
     one = found[0]
     parts = {k: v for k, v in one.seconds.items() if k != "communication"}
     assert sum(parts.values()) == pytest.approx(found.seconds.step[0])
@@ -79,7 +78,7 @@ def test_estimate_is_a_batch_of_one():
         for name in ("apple-100m", "mobilellm-ls-125m", "gemma-3-270m")
         for gpu, mb in (("A100-40GB", 4), ("L4", 8), ("RTX4090", 2))
     ]
-    batch = estimate_specs(pairs, 1024, 2**17)
+    batch = estimate_cases([Case(model, system, 1024, 2**17) for model, system in pairs])
     for i, (model, system) in enumerate(pairs):
         assert batch[i] == estimate(model, system, 1024, 2**17)
 
@@ -194,7 +193,7 @@ def test_math_attention_keeps_scores_and_flash_does_not():
 def test_unknown_is_absent_and_never_zero():
     cpu = estimate(TINY, SystemSpec(gpu="cpu"), 2048, 2**17)
     assert cpu.tokens_per_s_per_gpu is cpu.mfu is cpu.fits is None
-    assert cpu.reason == "the machine's memory is not known"
+    assert "thriftlm doctor" in cpu.reason
     assert cpu.peak_mem_gb > 0
     no_bf16 = estimate(TINY, SystemSpec(gpu="T4"), 2048, 2**17)
     assert no_bf16.tokens_per_s_per_gpu is None
@@ -241,6 +240,37 @@ def test_bad_cells_are_named(column, value, message):
     assert message in str(error.value)
 
 
+def test_optimizers_hold_and_move_what_they_say():
+    found = estimate_table(rows(optimizer=["adamw", "adamw_8bit", "muon", "sgd"], n_gpus=1))
+    whole = found.memory.optimizer / stored_params(TINY)
+    embeddings = 2 * 32_000 * 2048 / stored_params(TINY)
+    assert whole == pytest.approx([8, 2 * (1 + 4 / 256), 4 + 4 * embeddings, 4], rel=1e-3)
+    adamw, small, muon, sgd = found.seconds.optimizer
+    assert small < sgd < adamw
+    assert muon > sgd  # the same traffic, and Newton-Schulz products
+
+
+def test_newton_schulz_by_hand():
+    # One layer, heads and feed-forward as wide as the model: 4 + 3 square matrices.
+    d, flops = 512, 5 * 7 * (4 + 2) * 512**3
+    table = rows(d_model=d, d_ff=d, n_heads=8, n_kv_heads=8, head_dim=64, n_layers=1)
+    table |= {"stored_layers": [1], "n_gpus": [1]}
+    assert newton_schulz_flops(from_table(table))[0] == flops
+
+
+def test_fp8_doubles_products_of_blocks_where_there_is_fp8():
+    gpus = ["H100-80GB", "RTX4090", "A100-80GB"]
+    fp8, bf16 = (estimate_table(rows(gpu=gpus, precision=p)) for p in ("fp8", "amp_bf16"))
+    head = 3 * 32_000 * 2048
+    block = fp8.systems.layers * fp8.systems.block_matmul_params * 3
+    expected = (block / 2 + head) / (block + head)
+    assert (fp8.seconds.matmul / bf16.seconds.matmul)[:2] == pytest.approx(expected[:2])
+    assert np.isnan(fp8.tokens_per_s_per_gpu[2])
+    assert fp8[2].reason == "this GPU has no fp8 arithmetic"
+    assert set(fp8.interval_class) == {"optimistic_fp8"}
+    np.testing.assert_array_equal(fp8.peak_mem_gb, bf16.peak_mem_gb)
+
+
 def test_every_part_is_finite_and_not_negative_over_a_wide_grid():
     rng = np.random.default_rng(0)
     n = 2000
@@ -259,6 +289,7 @@ def test_every_part_is_finite_and_not_negative_over_a_wide_grid():
         "stack": ["eager", "fused", "compiled", "native", "thriftlm"],
         "attention": ["math", "flash", "fa3"],
         "precision": ["bf16", "amp_bf16", "bf16_true", "fp32"],
+        "optimizer": ["adamw", "adamw_8bit", "muon", "sgd"],
         "gpu": ["A100-40GB", "H100-80GB", "RTX4090", "L4-24GB", "A40", "GH200", "B200-180GB"],
         "n_gpus": [1, 2, 8, 64, 1024],
         "micro_batch": [1, 8, 64],

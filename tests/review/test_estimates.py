@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SHIPPED = files("thriftlm").joinpath("data", "throughput.csv")
+from thriftlm.planning import calibration
+
+SHIPPED = [files("thriftlm").joinpath("data", name) for name in calibration.SHIPPED]
 DESIGN = {
     "gpu",
     "n_gpus",
@@ -102,9 +104,9 @@ def test_spot_and_another_cloud_change_dollars_alone(thriftlm):
 
 def test_bulk_keeps_rows_and_columns(thriftlm, tmp_path):
     out = tmp_path / "out.csv"
-    code, _, err = thriftlm("estimate", "--table", str(SHIPPED), "--out", str(out))
+    code, _, err = thriftlm("estimate", "--table", str(SHIPPED[0]), "--out", str(out))
     assert (code, err) == (0, "")
-    before = list(csv.DictReader(SHIPPED.read_text().splitlines()))
+    before = list(csv.DictReader(SHIPPED[0].read_text().splitlines()))
     after = list(csv.DictReader(out.read_text().splitlines()))
     added = [
         f"est_{x}" for x in ("tokens_per_s_per_gpu", "mfu", "peak_mem_gb", "fits", "usd_per_btok")
@@ -119,7 +121,7 @@ def test_bulk_keeps_rows_and_columns(thriftlm, tmp_path):
 
 
 def test_bulk_from_file_to_file_is_fast(thriftlm, tmp_path):
-    header, *lines = SHIPPED.read_text().splitlines()
+    header, *lines = SHIPPED[0].read_text().splitlines()
     many = tmp_path / "many.csv"
     many.write_text("\n".join([header, *(lines * 105)]) + "\n")
     start = time.process_time()
@@ -158,14 +160,14 @@ def test_a_ragged_table_names_its_line(thriftlm, tmp_path):
 
 def test_calibrate_gives_the_shipped_constants_and_writes_them(thriftlm, tmp_path):
     out = tmp_path / "constants.json"
-    code, text, err = thriftlm("calibrate", str(SHIPPED), "--out", str(out), "--json")
+    code, text, err = thriftlm("calibrate", *map(str, SHIPPED), "--out", str(out), "--json")
     assert (code, err) == (0, "")
     found = json.loads(text)
     shipped = json.loads(files("thriftlm").joinpath("data", "calibration.json").read_text())
     assert json.loads(out.read_text())["constants"] == pytest.approx(shipped["constants"], rel=2e-3)
     (total, *_) = found["accuracy"]["source left out by source"]
     assert (total["n_rows"], total["group"]) == (191, "all")
-    code, text, _ = thriftlm("calibrate", str(SHIPPED))
+    code, text, _ = thriftlm("calibrate", str(SHIPPED[0]))
     assert code == 0
     assert "utilisation per architecture" in text
 

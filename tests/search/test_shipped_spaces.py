@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from thriftlm.config_file import space_files
-from thriftlm.review.dry_run import describe_space
+from thriftlm.review.dry_run import describe_space, expected_tokens
 from thriftlm.search.space import Rejected, Space, load_space
 from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
@@ -113,3 +113,20 @@ def test_what_is_not_known_of_a_cpu_is_not_guessed() -> None:
     assert found["fits"] == found["out"] == 0
     assert found["unknown"] > 0
     assert found["usd_per_trial"] is None
+    assert found["spend"] is None
+
+
+def test_a_dry_run_predicts_what_the_search_spends() -> None:
+    sweep = describe_space(load_space("mobilellm_depth_width"))["estimated"]["spend"]
+    assert (sweep["trials"], sweep["limited_by"]) == (9, "trials")
+    assert sweep["tokens_per_trial"] == 8e9  # a grid without a scheduler runs every trial whole
+    assert sweep["usd"] == pytest.approx(9 * sweep["usd_per_trial"])
+    capped = describe_space(load_space("mobilellm_depth_width", ["search_budget.usd=200"]))
+    spend = capped["estimated"]["spend"]
+    assert (spend["limited_by"], spend["usd"]) == ("usd", 200)
+    assert spend["trials"] == int(200 / spend["usd_per_trial"])
+
+
+def test_halving_shortens_a_mean_trial() -> None:
+    space = load_space("tinyllama")  # rungs of 2B, 6B and 18B tokens, one in three goes on
+    assert expected_tokens(space) == pytest.approx(2e9 + 4e9 / 3 + 12e9 / 9)

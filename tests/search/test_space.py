@@ -165,7 +165,7 @@ def test_bad_input_names_file_line_and_key(write, line, old, new, message):
     ("extra", "message"),
     [
         ("start_from: [{model: {n_layers: 2}}]", "start_from: start_from is not built yet"),
-        ("constraints: {memory_fraction: {max: 0.9}}", "memory_fraction is not built yet"),
+        ("constraints: {memory_fraction: 0.9}", "memory_fraction: must be a mapping of keys"),
         ("constraints: {parms: {max: 1e6}}", "constraints.parms: unknown key 'parms'; did you"),
         ("constraints: {params: {max: 1, min: 2}}", "min must not exceed max: 2 > 1"),
         ("constraints: {params: 5}", "constraints.params: must be a mapping of keys"),

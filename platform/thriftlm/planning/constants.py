@@ -9,7 +9,13 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from thriftlm.spec import InputError
+
+FILE = "calibration.json"
+"""Its name in the package's data and in a storage folder."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,16 @@ class Constants:
     """Of the bf16 peak in large products, before operand traffic. Ceiling: 271 of 312 TFLOP/s."""
     matmul_fraction_hopper: float = 0.70
     """The same of Hopper and Blackwell. Ceiling: 794 of 989 TFLOP/s (H100 SXM)."""
+    matmul_fraction_cpu: float = 0.80
+    """Of what `thriftlm doctor` measures in square products, in those of training on a CPU."""
     operand_traffic: float = 1.0
     """Operands and results of products through memory, over reading and writing each once."""
     memory_fraction: float = 0.80
     """Of memory bandwidth that elementwise kernels and operands reach."""
     attention_fraction: float = 0.60
     """Of the bf16 peak in FlashAttention-2 on Ampere, forward and backward, head of 128."""
+    attention_fraction_cpu: float = 0.35
+    """The same of torch's CPU kernel, of the measured fp32 peak whatever the precision."""
     older_attention: float = 0.65
     """Speed of the first FlashAttention over the second."""
     eager_traffic: float = 1.0
@@ -67,3 +77,20 @@ def shipped() -> Calibration:
     """The calibration in `data/calibration.json`."""
     text = files("thriftlm").joinpath("data", "calibration.json").read_text(encoding="utf-8")
     return from_json(json.loads(text))
+
+
+def in_use(folder: Path) -> Calibration:
+    """The calibration that `thriftlm calibrate --keep` left in a storage folder, else the shipped.
+
+    Raises:
+        InputError: the file there cannot be read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return shipped()
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a calibration of this version; remove it or run `thriftlm calibrate`"
+        ) from error

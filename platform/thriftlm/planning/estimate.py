@@ -9,27 +9,39 @@ from numpy.typing import NDArray
 
 from thriftlm import catalog
 from thriftlm.planning.constants import Calibration, shipped
+from thriftlm.planning.intervals import CLASSES, interval_classes, log_sd_of
+from thriftlm.planning.machine import Machine
 from thriftlm.planning.memory import Memory, memory
-from thriftlm.planning.seconds import Seconds, is_hopper, seconds
+from thriftlm.planning.seconds import Seconds, seconds
 from thriftlm.planning.systems import (
     FLOP_FORMULA,
-    KERNELS,
-    STACKS,
+    FP8_CAPABILITY,
+    Case,
     Cells,
     Floats,
     Systems,
     distinct,
-    from_specs,
+    from_cases,
     from_table,
 )
-from thriftlm.spec import InputError, SystemSpec
+from thriftlm.spec import InputError, RunSpec, SystemSpec
 from thriftlm_models.config import ModelSpec
 
 Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
+Optimizer = Literal["adamw", "adamw_8bit", "muon", "sgd"]
 GB = 1e9
 Z_80 = 1.2816
 """Standard normal deviate of an 80% interval."""
-PLACE = ("gpu", "n_gpus", "gpus_per_node", "cloud", "region", "market", "billing")
+PLACE = (
+    "gpu",
+    "n_gpus",
+    "gpus_per_node",
+    "cpus_per_worker",
+    "cloud",
+    "region",
+    "market",
+    "billing",
+)
 """Columns that a price depends on."""
 
 
@@ -44,7 +56,7 @@ class Estimate:
     mfu: float | None
     """Share of the dense bf16 peak, by the formula `6N+attn`."""
     peak_mem_gb: float | None
-    """What torch allocates at most, in 1e9 bytes."""
+    """What torch allocates at most, in 1e9 bytes; on a CPU the whole process."""
     fits: bool | None
     reason: str
     """Why it does not fit or is not known; empty where it fits and its speed is known."""
@@ -88,10 +100,12 @@ class Estimates:
         if np.isnan(needs):
             return "the model's shape is not known"
         if np.isnan(has):
-            return "the machine's memory is not known"
+            return "this machine is not measured yet: `thriftlm doctor` does"
         if not self.fits[i]:
-            return f"needs {needs:.0f} GB of {has:.0f}"
-        return "no bf16 peak is known" if np.isnan(self.systems.peak_flops[i]) else ""
+            return f"needs {_short(needs)} GB of {_short(has)}"
+        if self.systems.fp8[i] and not self.systems.capability[i] >= FP8_CAPABILITY:
+            return "this GPU has no fp8 arithmetic"
+        return "no bf16 peak is known" if np.isnan(self.tokens_per_s_per_gpu[i]) else ""
 
     def __getitem__(self, i: int) -> Estimate:
         return Estimate(
@@ -114,6 +128,10 @@ def _known(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def _short(gigabytes: float) -> str:
+    return f"{gigabytes:.0f}" if gigabytes >= 10 else f"{gigabytes:.1f}"
+
+
 def _parts(record: Seconds | Memory, i: int, unit: float) -> dict[str, float]:
     return {field.name: float(getattr(record, field.name)[i] / unit) for field in fields(record)}
 
@@ -125,35 +143,63 @@ def estimate(
     batch_tokens: int,
     *,
     stack: Stack = "thriftlm",
+    optimizer: Optimizer = "adamw",
+    machine: Machine | None = None,
     calibration: Calibration | None = None,
 ) -> Estimate:
-    """What a system is expected to do with a model: memory, tokens/s, USD per billion tokens."""
-    return estimate_specs(
-        [(model, system)], seq_len, batch_tokens, stack=stack, calibration=calibration
-    )[0]
+    """What a system is expected to do with a model: memory, tokens/s, USD per billion tokens.
+
+    `machine` is what `thriftlm doctor` measured; without it nothing is known of gpu `cpu`.
+    """
+    case = Case(model, system, seq_len, batch_tokens, optimizer)
+    return estimate_cases([case], stack, machine, calibration)[0]
 
 
-def estimate_specs(
-    pairs: Sequence[tuple[ModelSpec, SystemSpec]],
-    seq_len: int,
-    batch_tokens: int,
-    *,
-    stack: Stack = "thriftlm",
+def estimate_runs(
+    runs: Sequence[RunSpec],
+    machine: Machine | None = None,
     calibration: Calibration | None = None,
 ) -> Estimates:
-    """Estimates of models on systems that share sequence length, batch and software."""
-    systems = from_specs(pairs, seq_len, batch_tokens, stack)
-    offers = [offer(system) for _, system in pairs]
-    return _estimates(systems, offers, np.arange(len(pairs)), calibration or shipped())
+    """Estimates of runs by our own training core."""
+    return estimate_cases([case_of(run) for run in runs], "thriftlm", machine, calibration)
 
 
-def estimate_table(table: Mapping[str, Cells], calibration: Calibration | None = None) -> Estimates:
+def case_of(run: RunSpec) -> Case:
+    """What of a run decides its speed and memory."""
+    optim = run.optim
+    return Case(run.model, run.system, run.data.seq_len, optim.batch_tokens, optim.optimizer)
+
+
+def estimate_cases(
+    cases: Sequence[Case],
+    stack: Stack = "thriftlm",
+    machine: Machine | None = None,
+    calibration: Calibration | None = None,
+) -> Estimates:
+    """Estimates of models on systems, all trained by one stack."""
+    systems = from_cases(cases, stack, machine)
+    offers = {system: offer(system) for system in {case.system for case in cases}}
+    listed = [offers[case.system] for case in cases]
+    return _estimates(systems, listed, np.arange(len(cases)), calibration or shipped())
+
+
+def memory_fractions(runs: Sequence[RunSpec], machine: Machine | None = None) -> Floats:
+    """Share of a GPU's memory that each run needs (N,), by our own core; NaN where unknown."""
+    systems = from_cases([case_of(run) for run in runs], "thriftlm", machine)
+    return memory(systems).needed / systems.memory_bytes
+
+
+def estimate_table(
+    table: Mapping[str, Cells],
+    calibration: Calibration | None = None,
+    machine: Machine | None = None,
+) -> Estimates:
     """Estimates of a table's rows, columns as in the design's section 6; `cloud` defaults to aws.
 
     Raises:
         InputError: unknown GPU, word, cloud or market; names it.
     """
-    systems = from_table(table)
+    systems = from_table(table, machine)
     offers, which = _offers(table, len(systems))
     return _estimates(systems, offers, which, calibration or shipped())
 
@@ -164,7 +210,7 @@ def _estimates(
     spent, held = seconds(systems, calibration.constants), memory(systems)
     speed = systems.tokens * systems.grad_accum / spent.step
     names = interval_classes(systems)
-    spread = np.exp(Z_80 * _look_up(names, calibration.log_sd))
+    spread = np.exp(Z_80 * log_sd_of(names, calibration.log_sd))
     usd_per_hour = np.array([usd for usd, _ in offers])[which]
     fits = np.where(held.needed <= systems.memory_bytes, 1.0, 0.0)
     unknown = np.isnan(systems.memory_bytes) | np.isnan(held.needed)
@@ -173,7 +219,7 @@ def _estimates(
         low=speed / spread,
         high=speed * spread,
         mfu=speed * systems.flops_per_token / systems.peak_flops,
-        peak_mem_gb=held.peak / GB,
+        peak_mem_gb=np.where(systems.on_cpu > 0, held.needed, held.peak) / GB,
         fits=np.where(unknown, np.nan, fits),
         usd_per_btok=usd_per_hour * 1e9 / (3600 * speed * systems.n_gpus),
         instance=np.array([instance for _, instance in offers])[which],
@@ -182,24 +228,6 @@ def _estimates(
         seconds=spent,
         memory=held,
     )
-
-
-CLASSES = ("new_source", "unmeasured_stack", "consumer_card", "plain_eager")
-"""Classes of estimates by how wrong they tend to be, the worst last."""
-
-
-def interval_classes(s: Systems) -> NDArray[np.int64]:
-    """Positions in `CLASSES`: the worst that applies to each system."""
-    eager = s.stack == STACKS.index("eager")
-    math = s.kernel == KERNELS.index("math")
-    loose = (s.has_nvlink == 0) | ((s.capability != 8.0) & (is_hopper(s) == 0))
-    found = np.where(s.stack >= STACKS.index("native"), 1, 0)
-    found = np.where(loose, 2, found)
-    return np.where(eager & ((s.gated > 0) | math), 3, found)
-
-
-def _look_up(names: NDArray[np.int64], log_sd: Mapping[str, float]) -> Floats:
-    return np.array([log_sd[name] for name in CLASSES])[names]
 
 
 # --- dollars ------------------------------------------------------------------------------------
@@ -226,15 +254,14 @@ def _offers(table: Mapping[str, Cells], n: int) -> tuple[list[tuple[float, str]]
     return [offer(_place(*map(str, place))) for place in places], which
 
 
-def _place(
-    gpu: str, n_gpus: str, per_node: str, cloud: str, region: str, market: str, billing: str
-) -> SystemSpec:
+def _place(gpu: str, n_gpus: str, per_node: str, threads: str, *where: str) -> SystemSpec:
     count = int(float(n_gpus or 1))
-    given = {"cloud": cloud, "region": region, "market": market, "billing": billing}
+    given = dict(zip(PLACE[4:], where, strict=True))
     return SystemSpec(
         gpu=gpu,
         n_gpus=count,
         gpus_per_node=int(float(per_node)) if per_node else None,
+        cpus_per_worker=int(float(threads or 1)),
         strategy="ddp" if count > 1 else "single",
         **{key: value for key, value in given.items() if value},
     )

@@ -5,7 +5,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from thriftlm.planning.seconds import BF16, FP32, by_stack, optimizer_shards
-from thriftlm.planning.systems import CHECKPOINTING, KERNELS, STACKS, Floats, Systems
+from thriftlm.planning.systems import (
+    CHECKPOINTING,
+    KERNELS,
+    OPTIMIZERS,
+    STACKS,
+    Floats,
+    Systems,
+)
 
 SELECTIVE_KEPT = 0.4
 """Of a block's activations that selective checkpointing keeps: every second product, and less of
@@ -24,8 +31,14 @@ OUR_LOGIT_BLOCK_BYTES = 64 * 2.0**20
 """`thriftlm_models.loss.LOGIT_BLOCK_BYTES`, which planning may not import: it needs torch."""
 SCORE_BYTES = 6.0
 """Kept by `math` attention per score: softmax in fp32 and its bf16 copy."""
+ADAMW_8BIT_BYTES = 2 * (1 + 4 / 256)
+"""Of both moments per parameter: a byte each, and an fp32 scale per 256 (torchao AdamW8bit)."""
 FRAMEWORK_BYTES = 1.0e9
 """CUDA context, NCCL channels and cuBLAS workspaces: about 1 GB beside what torch allocates."""
+CPU_FRAMEWORK_BYTES = 0.4e9
+"""Of a worker on a CPU: the resident set of a process that has imported torch and our core."""
+DEEPSPEED_BYTES = 0.4e9
+"""On top of it DeepSpeed with its buckets (data/own_throughput.csv, zero1 to 3 beside ddp)."""
 FRAGMENTED_FRACTION = 0.03
 """Of what torch allocates that its allocator reserves and cannot use."""
 
@@ -91,8 +104,13 @@ def memory(s: Systems) -> Memory:
         **found,
         recomputing=recomputing,
         logits=logits,
-        framework=FRAMEWORK_BYTES + FRAGMENTED_FRACTION * allocated,
+        framework=_framework(s) + FRAGMENTED_FRACTION * allocated,
     )
+
+
+def _framework(s: Systems) -> Floats:
+    deepspeed = np.where(s.uses("zero1", "zero2", "zero3"), DEEPSPEED_BYTES, 0.0)
+    return np.where(s.on_cpu > 0, CPU_FRAMEWORK_BYTES + deepspeed, FRAMEWORK_BYTES)
 
 
 def _size(s: Systems) -> Floats:
@@ -114,9 +132,17 @@ def _states(s: Systems) -> dict[str, Floats]:
         "masters": np.where(s.uses("zero1", "zero2", "zero3"), stored / shards, 0.0),
         "weight_copies": _weight_copies(s),
         "gradients": stored / np.where(sharded | s.uses("zero2"), shards, 1.0),
-        "optimizer": 2 * stored / shards,
+        "optimizer": _optimizer(s, stored) / shards,
         "buffers": _buffers(s, stored),
     }
+
+
+def _optimizer(s: Systems, stored: Floats) -> Floats:
+    """Moments: two values a parameter for AdamW, one for Muon's matrices and for sgd."""
+    matrices = s.stored_layers * s.block_matmul_params / s.stored_params
+    values = np.choose(s.optimizer, [2.0, 0.0, 2.0 - matrices, 1.0])
+    bytes_8bit = np.where(s.optimizer == OPTIMIZERS.index("adamw_8bit"), ADAMW_8BIT_BYTES, 0.0)
+    return values * stored + bytes_8bit * s.stored_params
 
 
 def _block_params(s: Systems) -> Floats:
@@ -170,5 +196,6 @@ def _logits(s: Systems) -> Floats:
     upcasts = (s.stack == STACKS.index("eager")) & (s.gated > 0)
     each = np.where(upcasts, UPCAST_LOGIT_BYTES, each)
     held = np.where(pure, np.minimum(each, PURE_BF16_LOGIT_BYTES), each) * s.tokens * s.vocab
-    ours = 4 * OUR_LOGIT_BLOCK_BYTES + s.vocab * s.d_model * FP32
+    block = np.minimum(OUR_LOGIT_BLOCK_BYTES, s.tokens * s.vocab * FP32)
+    ours = 4 * block + s.vocab * s.d_model * FP32
     return np.where(s.stack == STACKS.index("thriftlm"), ours, held)

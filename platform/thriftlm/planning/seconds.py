@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from thriftlm.planning.constants import Constants
-from thriftlm.planning.systems import CHECKPOINTING, KERNELS, STACKS, Floats, Systems
+from thriftlm.planning.systems import (
+    CHECKPOINTING,
+    FP8_CAPABILITY,
+    KERNELS,
+    OPTIMIZERS,
+    STACKS,
+    Floats,
+    Systems,
+)
 
 BF16, FP32 = 2.0, 4.0
 
@@ -23,8 +31,9 @@ FA3_FRACTION = 0.65
 """Of the bf16 peak in FlashAttention-3 on Hopper (arXiv 2407.08608: 550 to 740 TFLOP/s forward)."""
 NARROW_HEAD = 0.85
 """Speed of flash kernels with heads of 64 over heads of 128 (arXiv 2307.08691, Figure 4)."""
-FP32_OF_BF16 = {"datacenter": 1 / 16, "card": 1 / 2}
-"""Rate of fp32 products without TF32 over bf16's: A100 19.5 of 312; RTX 4090 82.6 of 165.2."""
+FP8_SPEEDUP = 2.0
+"""Of products in fp8 over bf16: the ratio of the peaks, with nothing for casts and scales. So an
+estimate in fp8 is optimistic: torchtitan's Llama 3.1 8B gains 1.5x on H100, not 1.7."""
 HALF_RATE_FRACTION = 0.93
 """Of the bf16 peak in large products where fp32 accumulation runs at half rate: cuBLAS reaches 105
 to 115 of 119.5 TFLOP/s on an L20 (DefTruth/CUDA-Learn-Notes, hgemm; read 2026-11-24). Neither
@@ -42,7 +51,7 @@ KERNELS_PER_LAYER = {
     "thriftlm": 90.0,
 }
 """Launches of one block, forward and backward, counted in profiles of Llama blocks."""
-OPTIMIZER_BYTES = {
+ADAMW_BYTES = {
     "eager": 48.0,
     "fused": 28.0,
     "compiled": 36.0,
@@ -51,10 +60,17 @@ OPTIMIZER_BYTES = {
 }
 """Memory traffic of an AdamW step per parameter with fp32 state: fused reads parameter, gradient
 and two moments and writes three of them (28); unfused kernels come back for some of it."""
+OPTIMIZER_BYTES = {"adamw": 28.0, "adamw_8bit": 16.0, "muon": 20.0, "sgd": 20.0}
+"""The same of fused kernels by optimizer: one moment instead of two, or two of one byte each."""
+NEWTON_SCHULZ_STEPS = 5
+"""Of Muon (kellerjordan.github.io/posts/muon); each multiplies an m x n matrix, m the smaller, by
+its transpose, squares that, and applies it: 4 m^2 n + 2 m^3 FLOPs."""
 SCORE_BYTES = 70.0
 """Memory traffic of `math` attention per score, forward and backward: bf16 scores, mask, fp32
 softmax, cast, and their gradients, one kernel each."""
 DDP_BUCKET_BYTES = 25e6
+GLOO_FRACTION = 0.1
+"""Of a worker's share of memory bandwidth that gloo reaches between processes of one machine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +115,7 @@ def seconds(systems: Systems, constants: Constants) -> Seconds:
     }
     one_pass = sum(parts.values(), np.zeros(len(s)))
     launches = by_stack(s, KERNELS_PER_LAYER) * s.layers * LAUNCH_SECONDS * (1 + recomputed(s) / 3)
-    launch = np.maximum(0.0, launches - one_pass)
+    launch = np.where(s.on_cpu > 0, launches, np.maximum(0.0, launches - one_pass))
     total, exposed = communication_seconds(s, c, one_pass + launch)
     return Seconds(
         **{name: value * s.grad_accum for name, value in parts.items()},
@@ -122,10 +138,15 @@ def recomputed(s: Systems) -> Floats:
 
 
 def peak(s: Systems) -> Floats:
-    """Peak FLOP/s in the precision of the products."""
-    datacenter = np.isin(s.capability, (8.0, 9.0, 10.0))
-    slower = np.where(datacenter, FP32_OF_BF16["datacenter"], FP32_OF_BF16["card"])
-    return s.peak_flops * np.where(s.fp32 > 0, slower, 1.0)
+    """Peak FLOP/s in the precision of the products, those in fp8 left aside."""
+    return np.where(s.fp32 > 0, s.fp32_peak_flops, s.peak_flops)
+
+
+def product_rate(s: Systems, c: Constants) -> Floats:
+    """FLOP/s of large products: the achievable fraction of the peak."""
+    fraction = np.where(is_hopper(s) > 0, c.matmul_fraction_hopper, c.matmul_fraction_ampere)
+    fraction = np.where(s.half_rate > 0, HALF_RATE_FRACTION, fraction)
+    return peak(s) * np.where(s.on_cpu > 0, c.matmul_fraction_cpu, fraction)
 
 
 def is_hopper(s: Systems) -> Floats:
@@ -135,11 +156,10 @@ def is_hopper(s: Systems) -> Floats:
 
 def matmul_seconds(s: Systems, c: Constants) -> Floats:
     """Of one pass: products of blocks and head at the achievable fraction of the peak."""
-    passes = 3 + recomputed(s)
-    flops = 2 * s.tokens * (passes * s.layers * s.block_matmul_params + 3 * s.vocab * s.d_model)
-    fraction = np.where(is_hopper(s) > 0, c.matmul_fraction_hopper, c.matmul_fraction_ampere)
-    fraction = np.where(s.half_rate > 0, HALF_RATE_FRACTION, fraction)
-    return flops / (peak(s) * fraction)
+    blocks = (3 + recomputed(s)) * s.layers * s.block_matmul_params
+    no_fp8 = ~(s.capability >= FP8_CAPABILITY)
+    speedup = np.where(s.fp8 > 0, np.where(no_fp8, np.nan, FP8_SPEEDUP), 1.0)
+    return 2 * s.tokens * (blocks / speedup + 3 * s.vocab * s.d_model) / product_rate(s, c)
 
 
 def operand_seconds(s: Systems, c: Constants) -> Floats:
@@ -164,8 +184,11 @@ def attention_seconds(s: Systems, c: Constants) -> Floats:
     fa2 = c.attention_fraction * hopper
     fa3 = np.where(is_hopper(s) > 0, FA3_FRACTION, c.attention_fraction)
     fraction = np.choose(s.kernel, [fa2, c.older_attention * fa2, fa2, fa3])
-    narrow = np.where(s.head_dim < 96, NARROW_HEAD, 1.0)
-    flash = passes * causal / (peak(s) * fraction * narrow)
+    fraction = np.where(s.on_cpu > 0, c.attention_fraction_cpu, fraction)
+    narrow = np.where((s.head_dim < 96) & (s.on_cpu == 0), NARROW_HEAD, 1.0)
+    # torch's CPU kernel takes as long in bf16 as in fp32: softmax and products meet in fp32.
+    rate = np.where(s.on_cpu > 0, s.fp32_peak_flops, peak(s))
+    flash = passes * causal / (rate * fraction * narrow)
     scores = s.tokens * s.seq_len * s.n_heads * s.layers
     traffic = SCORE_BYTES * (1 + recomputed(s) / 3) * scores
     math = 2 * flash + traffic / (s.memory_bytes_per_s * c.memory_fraction)
@@ -206,8 +229,22 @@ def optimizer_seconds(s: Systems, c: Constants) -> Floats:
     """Of one step: the traffic of the state that this GPU holds."""
     held = s.stored_params / optimizer_shards(s)
     half = np.where(s.fp32_masters > 0, 1.0, 0.5)
-    traffic = by_stack(s, OPTIMIZER_BYTES) * held * half
-    return traffic / (s.memory_bytes_per_s * c.memory_fraction)
+    fused = np.array([OPTIMIZER_BYTES[name] for name in OPTIMIZERS])[s.optimizer]
+    each = fused * by_stack(s, ADAMW_BYTES) / OPTIMIZER_BYTES["adamw"]
+    moved = each * held * half / (s.memory_bytes_per_s * c.memory_fraction)
+    muon = s.optimizer == OPTIMIZERS.index("muon")
+    return moved + np.where(muon, newton_schulz_flops(s) / product_rate(s, c), 0.0)
+
+
+def newton_schulz_flops(s: Systems) -> Floats:
+    """Of one step on this GPU, each matrix orthogonalised by one of the GPUs that share state."""
+    query, kv = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
+    matrices = [(query, 2.0), (kv, 2.0), (s.d_ff, 2 + s.gated)]
+    flops = np.zeros(len(s))
+    for width, number in matrices:
+        m, n = np.minimum(width, s.d_model), np.maximum(width, s.d_model)
+        flops = flops + number * (4 * m**2 * n + 2 * m**3)
+    return NEWTON_SCHULZ_STEPS * flops * s.stored_layers / optimizer_shards(s)
 
 
 def optimizer_shards(s: Systems) -> Floats:
@@ -221,6 +258,7 @@ def communication_seconds(s: Systems, c: Constants, one_pass: Floats) -> tuple[F
     each, once, across = volumes(s)
     many = s.n_gpus > s.gpus_per_node
     inside = s.link_bytes_per_s * np.where(s.has_nvlink > 0, NVLINK_FRACTION, PCIE_FRACTION)
+    inside = np.where(s.on_cpu > 0, GLOO_FRACTION * s.memory_bytes_per_s, inside)
     outside = np.minimum(inside, s.node_bytes_per_s * c.internode_fraction)
     ring = np.where(s.uses("hsdp"), s.gpus_per_node, s.n_gpus)
     wide = many & ~s.uses("hsdp")

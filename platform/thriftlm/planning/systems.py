@@ -6,12 +6,13 @@ mfu, peak memory, oom) are no part of it, so an estimate cannot read them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thriftlm.catalog import Gpu, gpu
+from thriftlm.planning.machine import Machine
 from thriftlm.spec import InputError, SystemSpec
 from thriftlm_models.config import GATED, ModelSpec
 from thriftlm_models.counts import (
@@ -38,7 +39,15 @@ STRATEGIES = (
 STACKS = ("eager", "fused", "compiled", "native", "thriftlm")
 """Torch; torch with fused kernels; torch.compile; CUDA without torch (llm.c); our own core."""
 CHECKPOINTING = ("none", "selective", "full")
-PRECISIONS = ("bf16", "amp_bf16", "bf16_true", "fp32")
+PRECISIONS = ("bf16", "amp_bf16", "bf16_true", "fp32", "fp8")
+"""`fp8` is amp_bf16 with the products of blocks in fp8; embeddings and head stay in bf16."""
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "sgd")
+"""Muon holds AdamW for embeddings and head; sgd has momentum."""
+FP8_CAPABILITY = 8.9
+"""First CUDA compute capability with fp8 tensor cores (Ada; CUDA programming guide, table 25)."""
+FP32_OF_BF16 = {"datacenter": 1 / 16, "card": 1 / 2}
+"""Rate of fp32 products without TF32 over bf16's, where the catalog has none: A100 19.5 of 312; RTX
+4090 82.6 of 165.2."""
 MASTERS = ("fp32", "bf16", "unknown")
 KERNELS = ("math", "fa1", "fa2", "fa3")
 
@@ -106,14 +115,21 @@ class Systems:
     act_ckpt: Codes
     kernel: Codes
     stack: Codes
+    optimizer: Codes
     fp32: Floats
     """1 where matrix products run in fp32."""
+    fp8: Floats
+    """1 where products of blocks run in fp8."""
     fp32_masters: Floats
     """1 where parameters and optimizer state are fp32."""
     reduces_in_fp32: Floats
     """1 where gradients travel as fp32."""
     peak_flops: Floats
-    """Of the GPU, dense bf16 per second."""
+    """Of the GPU, dense bf16 per second; of a worker on a CPU, what was measured."""
+    fp32_peak_flops: Floats
+    """The same in fp32, without TF32."""
+    on_cpu: Floats
+    """1 where workers are threads of a CPU."""
     capability: Floats
     """CUDA compute capability."""
     half_rate: Floats
@@ -144,31 +160,50 @@ class Systems:
         return np.isin(self.strategy, [STRATEGIES.index(name) for name in strategies])
 
 
-def from_table(table: Mapping[str, Cells]) -> Systems:
+def from_table(table: Mapping[str, Cells], machine: Machine | None = None) -> Systems:
     """Systems of a table's columns: texts or numbers, an empty cell means unknown.
 
-    `stored_layers`, `stored_params`, `span_tokens` and `flops_per_token` may be given for models
-    whose shape the other columns do not tell; else they follow from it.
+    `stored_layers`, `stored_params`, `span_tokens` and `block_matmul_params` may be given for
+    models whose shape the other columns do not tell; else they follow from it. `peak_bf16_tflops`,
+    `peak_fp32_tflops`, `memory_gb_per_s` and `memory_gb` go before what the catalog has of the GPU,
+    or `machine` of the CPUs that one worker gets.
 
     Raises:
         InputError: unknown GPU or word; names the column.
     """
     columns = _Columns(table)
-    return Systems(**_model(columns), **_training(columns), **_hardware(columns))
+    return Systems(**_model(columns), **_training(columns), **_hardware(columns, machine))
 
 
-def from_specs(
-    pairs: Sequence[tuple[ModelSpec, SystemSpec]], seq_len: int, batch_tokens: int, stack: str
-) -> Systems:
-    """Systems of specifications, all with one sequence length, batch and stack.
+class Case(NamedTuple):
+    """A model trained on a system."""
 
-    Gradient accumulation is what fills `batch_tokens`, at least one pass.
-    """
-    rows = [model_columns(model, seq_len) | system_columns(system) for model, system in pairs]
-    for row in rows:
-        per_pass = row["micro_batch"] * row["n_gpus"] * seq_len
-        row |= {"grad_accum": max(1, round(batch_tokens / per_pass)), "stack": stack}
-    return from_table({key: [row[key] for row in rows] for key in rows[0]})
+    model: ModelSpec
+    system: SystemSpec
+    seq_len: int
+    batch_tokens: int
+    """Tokens of an optimizer step; gradient accumulation fills it up, by at least one pass."""
+    optimizer: str = "adamw"
+
+
+def from_cases(cases: Sequence[Case], stack: str, machine: Machine | None = None) -> Systems:
+    """Systems of specifications trained by one stack; `machine` is what CPU workers run on."""
+    shapes = {
+        (model, seq_len): model_columns(model, seq_len)
+        for model, seq_len in {(case.model, case.seq_len) for case in cases}
+    }
+    rows = [
+        shapes[case.model, case.seq_len] | system_columns(case.system) | batch_columns(case, stack)
+        for case in cases
+    ]
+    return from_table({name: [row[name] for row in rows] for name in rows[0]}, machine)
+
+
+def batch_columns(case: Case, stack: str) -> dict[str, Any]:
+    """Columns that say how a step is put together."""
+    per_pass = case.system.micro_batch * case.system.n_gpus * case.seq_len
+    accumulated = max(1, round(case.batch_tokens / per_pass))
+    return {"grad_accum": accumulated, "stack": stack, "optimizer": case.optimizer}
 
 
 def model_columns(model: ModelSpec, seq_len: int) -> dict[str, Any]:
@@ -196,11 +231,12 @@ def model_columns(model: ModelSpec, seq_len: int) -> dict[str, Any]:
 
 
 def system_columns(system: SystemSpec) -> dict[str, Any]:
-    """Columns of one system; its stack is said apart, unless it compiles."""
+    """Columns of one system; its stack is said apart."""
     return {
         "gpu": system.gpu,
         "n_gpus": system.n_gpus,
         "gpus_per_node": system.gpus_per_node or "",
+        "cpus_per_worker": system.cpus_per_worker,
         "strategy": system.strategy,
         "micro_batch": system.micro_batch,
         "attention": system.attention,
@@ -330,7 +366,9 @@ def _training(columns: _Columns) -> dict[str, Any]:
         "act_ckpt": columns.code("act_ckpt", CHECKPOINTING, "none"),
         "kernel": _kernel(columns),
         "stack": _stack(columns),
+        "optimizer": columns.code("optimizer", OPTIMIZERS, "adamw"),
         "fp32": (precision == PRECISIONS.index("fp32")).astype(float),
+        "fp8": (precision == PRECISIONS.index("fp8")).astype(float),
         "fp32_masters": (~pure).astype(float),
         "reduces_in_fp32": (~pure & ~unsaid).astype(float),
     }
@@ -358,27 +396,44 @@ def _stack(columns: _Columns) -> Codes:
     return np.where(eager & compiles, STACKS.index("compiled"), found)
 
 
-def _hardware(columns: _Columns) -> dict[str, Any]:
+def _hardware(columns: _Columns, machine: Machine | None) -> dict[str, Any]:
     found, which = columns.gpus()
+    n_gpus = columns.number("n_gpus", UNKNOWN["n_gpus"])
 
     def of(value: Any) -> Floats:
         known = [np.nan if (x := value(entry)) is None else float(x) for entry in found]
         return np.asarray(known)[which]
 
+    capability, peak = of(lambda entry: entry.compute_capability), of(lambda e: e.bf16_tflops)
+    slower = np.isin(capability, (8.0, 9.0, 10.0))
+    ratio = np.where(slower, FP32_OF_BF16["datacenter"], FP32_OF_BF16["card"])
     nvlink = of(lambda entry: entry.nvlink_gb_per_s or 0.0)
     pcie = of(lambda entry: pcie_gb_per_s(entry.pcie))
-    n_gpus = columns.number("n_gpus", UNKNOWN["n_gpus"])
-    per_node = of(lambda entry: entry.gpus_per_node)
-    per_node = np.where(np.isnan(per_node), UNKNOWN["largest_node"], per_node)
     network = of(lambda entry: entry.node_network_gbit_per_s)
     network = np.where(np.isnan(network), UNKNOWN["internode_gbps"], network)
+    catalogued = {
+        "gpus_per_node": of(lambda entry: entry.gpus_per_node or UNKNOWN["largest_node"]),
+        "peak_bf16_tflops": peak,
+        "peak_fp32_tflops": peak * ratio,
+        "memory_gb_per_s": of(lambda entry: entry.memory_gb_per_s),
+        "memory_gb": of(lambda entry: entry.memory_gib) * GIB / 1e9,
+    }
+    on_cpu = of(lambda entry: entry.id == "cpu")
+    if machine:
+        of_worker = machine.of_worker(n_gpus, columns.number("cpus_per_worker", 1.0))
+        catalogued = {
+            name: np.where(on_cpu > 0, of_worker[name], value) for name, value in catalogued.items()
+        }
+    had = {name: columns.number(name, value) for name, value in catalogued.items()}
     return {
-        "gpus_per_node": np.minimum(columns.number("gpus_per_node", per_node), n_gpus),
-        "peak_flops": of(lambda entry: entry.bf16_tflops) * 1e12,
+        "gpus_per_node": np.minimum(had["gpus_per_node"], n_gpus),
+        "peak_flops": had["peak_bf16_tflops"] * 1e12,
+        "fp32_peak_flops": had["peak_fp32_tflops"] * 1e12,
+        "on_cpu": on_cpu,
         "half_rate": of(lambda entry: entry.product.startswith("GeForce")),
-        "capability": of(lambda entry: entry.compute_capability),
-        "memory_bytes": of(lambda entry: entry.memory_gib) * GIB,
-        "memory_bytes_per_s": of(lambda entry: entry.memory_gb_per_s) * 1e9,
+        "capability": capability,
+        "memory_bytes": had["memory_gb"] * 1e9,
+        "memory_bytes_per_s": had["memory_gb_per_s"] * 1e9,
         "link_bytes_per_s": np.where(nvlink > 0, nvlink / 2, pcie) * 1e9,
         "has_nvlink": (nvlink > 0).astype(float),
         "node_bytes_per_s": columns.number("internode_gbps", network) / 8 * 1e9,
@@ -391,4 +446,4 @@ def pcie_gb_per_s(link: str | None) -> float:
     return GB_PER_S_OF_LANE[generation] * int(lanes)
 
 
-__all__ = ["FLOP_FORMULA", "Systems", "from_specs", "from_table"]
+__all__ = ["FLOP_FORMULA", "Case", "Systems", "from_cases", "from_table"]

@@ -14,6 +14,7 @@ import torch
 from rich.markup import escape
 
 from thriftlm import catalog
+from thriftlm.planning.machine import Machine, remember
 from thriftlm.review.tables import plain_console
 from thriftlm.search.provenance import versions
 from thriftlm.search.storage import Storage
@@ -26,12 +27,15 @@ CPU_MATRIX, CUDA_MATRIX = 1024, 8192
 def examine(storage: Storage) -> dict[str, Any]:
     """Packages, devices, kernels, storage, age of prices, and measured speed of the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    speed = measure(device)
+    if device == "cpu":
+        remember(speed, storage.root)
     there = next(path for path in (storage.root, *storage.root.parents) if path.exists())
     return {
         "versions": versions(),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": speed.memory_gb,
         "cuda_devices": [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ],
@@ -40,11 +44,8 @@ def examine(storage: Storage) -> dict[str, Any]:
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         },
         "strategies": ["single", "ddp", "fsdp_full", "fsdp_grad_op", "zero1", "zero2", "zero3"],
-        "matmul_tflops_measured": {
-            "fp32": round(matmul_tflops(device, torch.float32), 3),
-            "bf16": round(matmul_tflops(device, torch.bfloat16), 3),
-        },
-        "memory_gb_per_s_measured": round(memory_gb_per_s(device), 1),
+        "matmul_tflops_measured": {"fp32": speed.fp32_tflops, "bf16": speed.bf16_tflops},
+        "memory_gb_per_s_measured": speed.memory_gb_per_s,
         "storage": str(storage.root),
         "storage_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
         "price_age_days": catalog.age_days(datetime.now(UTC).date()),
@@ -75,6 +76,23 @@ def findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "arithmetic", f"{', '.join(f'{k} {v:g}' for k, v in speeds.items())} TFLOP/s measured"
     yield "memory", f"{found['memory_gb_per_s_measured']:g} GB/s measured"
     yield "storage", f"{found['storage']}, {found['storage_free_gb']:g} GB free"
+
+
+def measure(device: str) -> Machine:
+    """Speed of arithmetic and memory of a device, with this machine's name and memory.
+
+    Without CUDA that is what `thriftlm estimate --gpu cpu` and dry runs go by, so `examine` leaves
+    it in the storage folder.
+    """
+    return Machine(
+        host=platform.node(),
+        cpus=torch.get_num_threads(),
+        fp32_tflops=round(matmul_tflops(device, torch.float32), 3),
+        bf16_tflops=round(matmul_tflops(device, torch.bfloat16), 3),
+        memory_gb_per_s=round(memory_gb_per_s(device), 1),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        measured_on=str(datetime.now(UTC).date()),
+    )
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:

@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
-from statistics import median
+from itertools import pairwise
+from math import fsum
+from statistics import fmean, median
 from typing import Any
 
 from rich.markup import escape
 
-from thriftlm.planning.estimate import Estimate, estimate_specs
+from thriftlm.catalog import usd_per_hour
+from thriftlm.planning.estimate import Estimate, estimate_runs
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
 from thriftlm.search.space import Space
@@ -22,6 +25,8 @@ SHAPE = ("n_layers", "sharing", "repeats", "d_model", "n_heads", "n_kv_heads", "
 COUNTS = ("stored_params", "applied_params", "published_as")
 SHOWN_MODELS = 24
 """Models listed in the terminal; `--json` lists all."""
+START_SECONDS = 20.0
+"""Of a trial before it trains: processes and imports, measured 15 to 20 s on two cores."""
 SHOWN_REASONS = 5
 """Reasons to be out of memory that the terminal lists."""
 NO_SHAPE = {"preset", "init", "parametrization", "mup_base_width"}
@@ -45,7 +50,7 @@ def describe_space(space: Space) -> dict[str, Any]:
         "distinct": counts.distinct,
         "rejected": counts.rejected,
         "models": models,
-        "estimated": estimated(counts.runs),
+        "estimated": estimated(space, counts.runs),
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
@@ -68,43 +73,61 @@ def describe_model(model: ModelSpec, varied: list[str]) -> dict[str, Any]:
     }
 
 
-def estimated(runs: Sequence[RunSpec]) -> dict[str, Any]:
-    """What the estimator says of the runs: how many fit into memory, and what one would cost.
+def estimated(space: Space, runs: Sequence[RunSpec]) -> dict[str, Any]:
+    """What the estimator says of the runs: how many fit into memory, and what the search costs.
 
     `usd_per_trial` is the median over what fits, each at its full length; None where no speed is
-    known, as on a CPU. What is not known fits neither in nor out.
+    known, as on a CPU that was not measured. What is not known fits neither in nor out.
     """
-    found = [entry for batch in by_batch(runs) for entry in estimate_batch(batch)]
+    estimates = estimate_runs(runs, space.machine)
+    found = [(run, estimates[i]) for i, run in enumerate(runs)]
     out = Counter(entry.reason for _, entry in found if entry.fits is False)
-    costs = [
-        entry.usd_per_btok * run.tokens / 1e9
-        for run, entry in found
-        if entry.fits and entry.usd_per_btok is not None
-    ]
+    known = [(run, entry) for run, entry in found if entry.fits and entry.usd_per_btok is not None]
+    costs = [entry.usd_per_btok * run.tokens / 1e9 for run, entry in known if entry.usd_per_btok]
     return {
         "fits": sum(entry.fits is True for _, entry in found),
         "out": out.total(),
         "unknown": sum(entry.fits is None for _, entry in found),
         "reasons": dict(out.most_common()),
         "usd_per_trial": median(costs) if costs else None,
+        "spend": predicted_spend(space, known) if known else None,
     }
 
 
-def by_batch(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """Runs with the same sequence length and batch together, as the estimator takes them."""
-    groups: dict[tuple[int, int], list[RunSpec]] = {}
-    for run in runs:
-        groups.setdefault((run.data.seq_len, run.optim.batch_tokens), []).append(run)
-    return list(groups.values())
+def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> dict[str, Any]:
+    """What the search will do with its budget, by the mean over trials whose speed is estimated.
+
+    Args:
+        space: its budgets and scheduler.
+        known: runs that fit, each with its estimate.
+    """
+    tokens = expected_tokens(space)
+    each = [
+        (entry.usd_per_btok or 0.0) * tokens / 1e9 + usd_per_hour(run.system) * START_SECONDS / 3600
+        for run, entry in known
+    ]
+    usd, budget = fmean(each), space.search_budget
+    wanted = {"trials": budget.trials, "points": space.size if space.is_grid else None}
+    limits = {name: float(number) for name, number in wanted.items() if number is not None}
+    if budget.usd is not None:
+        limits["usd"] = budget.usd / usd
+    by = min(limits, key=lambda name: limits[name], default=None)
+    trials = limits[by] if by else None
+    return {
+        "tokens_per_trial": tokens,
+        "usd_per_trial": usd,
+        "trials": None if trials is None else int(trials),
+        "usd": None if trials is None else min(trials * usd, budget.usd or float("inf")),
+        "limited_by": by,
+    }
 
 
-def estimate_batch(runs: Sequence[RunSpec]) -> list[tuple[RunSpec, Estimate]]:
-    """Each run with its estimate; all have one sequence length and batch."""
-    first = runs[0]
-    found = estimate_specs(
-        [(run.model, run.system) for run in runs], first.data.seq_len, first.optim.batch_tokens
-    )
-    return [(run, found[i]) for i, run in enumerate(runs)]
+def expected_tokens(space: Space) -> float:
+    """Tokens of a mean trial: the scheduler lets one in `factor` pass each rung."""
+    fidelity = space.search.fidelity
+    rungs = fidelity.rungs if space.scheduler == "asha" else ()
+    legs = pairwise([0, *rungs, fidelity.max_tokens])
+    return fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
 
 
 @cache
@@ -123,6 +146,20 @@ def memory_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{number:>8,} out: {reason}"
     if found["usd_per_trial"] is not None:
         yield f"a full trial, estimated: {usd(found['usd_per_trial'])} (median of what fits)"
+    if found["spend"]:
+        yield spend_line(found["spend"])
+
+
+def spend_line(spend: dict[str, Any]) -> str:
+    """What the search is expected to spend."""
+    each = f"{usd(spend['usd_per_trial'])} a trial ({spend['tokens_per_trial']:,.0f} tokens)"
+    if spend["trials"] is None:
+        return f"the search, estimated: {each}, until its hours are over"
+    limits = {"trials": "all it may start", "points": "the whole grid", "usd": "then it is spent"}
+    return (
+        f"the search, estimated: {spend['trials']:,} trials, {limits[spend['limited_by']]}; "
+        f"{usd(spend['usd'])} at {each}"
+    )
 
 
 def in_words(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Estimates on paper: a grid of systems, a table in bulk, the breakdown of one; calibrations."""
+"""Estimates on paper: a grid of systems, a table in bulk, the breakdown of one."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,13 @@ import numpy as np
 from rich.text import Text
 
 from thriftlm import catalog
-from thriftlm.planning.constants import Calibration
+from thriftlm.planning.constants import in_use
 from thriftlm.planning.estimate import Estimate, Estimates, estimate_table
+from thriftlm.planning.machine import measured_machine
 from thriftlm.planning.systems import STRATEGIES, model_columns
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import optional, stale_prices, usd
+from thriftlm.search.storage import storage
 from thriftlm.spec import InputError
 from thriftlm_models import kernels
 from thriftlm_models.config import ModelSpec
@@ -50,11 +52,12 @@ class Grid:
     attentions: Sequence[str]
     checkpointings: Sequence[str]
     stacks: Sequence[str]
+    optimizer: str
     precision: str
     seq_len: int
     batch_tokens: int
     place: Mapping[str, Any]
-    """Cloud, region, market, billing and gpus_per_node where given."""
+    """Cloud, region, market, billing, gpus_per_node and cpus_per_worker where given."""
 
     def systems(self, best: bool) -> list[Row]:
         """One row of columns per system.
@@ -73,6 +76,7 @@ class Grid:
                 "attention": attention,
                 "act_ckpt": act_ckpt,
                 "stack": stack,
+                "optimizer": self.optimizer,
                 "precision": self.precision,
                 "grad_accum": max(1, round(self.batch_tokens / (micro_batch * n * self.seq_len))),
                 **self.place,
@@ -120,7 +124,8 @@ def estimate_grid(model: ModelSpec, grid: Grid, *, best: bool, explain: bool) ->
     shape = model_columns(model, grid.seq_len)
     columns = {key: [value] * len(systems) for key, value in shape.items()}
     columns |= {key: [row[key] for row in systems] for key in systems[0]}
-    found = estimate_table(columns)
+    kept = storage(None).root
+    found = estimate_table(columns, in_use(kept), measured_machine(kept))
     rows = [as_row(system, found[i], explain) for i, system in enumerate(systems)]
     for row in rows:
         if reason := kernel_refusal(model, row, grid.precision):
@@ -169,6 +174,8 @@ def show_estimates(rows: list[Row], *, best: bool, explain: bool) -> None:
         console.print(f"[dim]{len(rows) - len(listed)} more, all of them with --json[/]")
     out = sum(row["fits"] is False for row in rows)
     console.print(f"[dim]estimated, 80% intervals; {out} of {len(rows)} are out[/]")
+    if any(row["interval_class"] == "optimistic_fp8" for row in rows):
+        console.print("[yellow]fp8 is optimistic: twice the bf16 rate, nothing for casts[/]")
     if warning := stale_prices(datetime.now(UTC).date()):
         console.print(f"[yellow]{warning}[/]")
     for row in listed[: 1 if best else None] if explain else ():
@@ -299,56 +306,3 @@ def estimated_cells(found: Estimates, attribute: str) -> list[str]:
     if attribute == "fits":
         return [{1.0: "yes", 0.0: "no"}.get(value, "") for value in values.tolist()]
     return [f"{value:.6g}" if value == value else "" for value in values.tolist()]  # noqa: PLR0124
-
-
-# --- calibration --------------------------------------------------------------------------------
-
-
-def calibrate_file(source: Path, target: Path | None) -> dict[str, Any]:
-    """Constants fitted to the rows of a file, written where asked, with their accuracy.
-
-    Raises:
-        InputError: the file cannot be read, or has no measured rows.
-    """
-    from thriftlm.planning import calibration
-
-    header, lines = read_csv(source)
-    columns = zip(*lines, strict=True) if lines else ()
-    table = dict(zip(header, map(list, columns), strict=False))
-    needed = {"source", "gpu", "tokens_per_s_per_gpu", "mfu"} - set(table)
-    if needed:
-        raise InputError(f"{source}: calibration needs rows with {', '.join(sorted(needed))}")
-    fitted_to = calibration.calibrate(table, f"{source.name}, {len(lines)} rows")
-    if target is not None:
-        calibration.write(fitted_to, target)
-    report = calibration.report(table)
-    accuracy = {name: [asdict(line) for line in part] for name, part in report.items()}
-    return {"calibration": asdict(fitted_to), "accuracy": accuracy}
-
-
-def show_calibration(found: dict[str, Any]) -> None:
-    """Print constants with their error, and accuracy by group."""
-    console = plain_console()
-    told = Calibration(**found["calibration"])
-    constants: dict[str, float] = found["calibration"]["constants"]
-    columns = [Column("constant"), Column("value", is_number=True), Column("+-", is_number=True)]
-    cells = [
-        [name, f"{value:.4g}", f"{told.relative_sd[name]:.0%}", told.identified_by[name]]
-        for name, value in constants.items()
-    ]
-    console.print(fitted([*columns, Column("rows that tell")], cells, console.width))
-    names = ("rows", "median", "p90", "bias")
-    columns = [Column("error of tokens/s"), *(Column(name, is_number=True) for name in names)]
-    for title, lines in found["accuracy"].items():
-        rows = [
-            [
-                line["group"],
-                str(line["n_rows"]),
-                f"{line['median']:.1%}",
-                f"{line['p90']:.1%}",
-                f"{line['bias']:+.1%}",
-            ]
-            for line in lines
-        ]
-        console.print(Text(f"\n{title}", style="bold"))
-        console.print(fitted(columns, rows, console.width))

@@ -9,8 +9,10 @@ import typer
 STRATEGY = "single|ddp|fsdp_full|fsdp_grad_op|hsdp|zero1|zero2|zero3"
 ATTENTION = "math|flash|efficient|cudnn|flex|fa1|fa2|fa3|fa4"
 CHECKPOINTING = "none|selective|full"
+OPTIMIZER = "adamw|adamw_8bit|muon|sgd"
 STACK = "eager|fused|compiled|native|thriftlm"
-Precision = Literal["fp32", "amp_bf16", "bf16_true"]
+Precision = Literal["fp32", "amp_bf16", "bf16_true", "fp8"]
+Optimizer = Literal["adamw", "adamw_8bit", "muon", "sgd"]
 
 SOFTWARE = "Software that trains: plain torch, fused kernels, torch.compile, CUDA, or ours."
 AGAIN = " May be given several times."
@@ -54,8 +56,13 @@ def estimate(
     ] = [],  # noqa: B006
     stack: Annotated[list[str], typer.Option(metavar=STACK, help=SOFTWARE + AGAIN)] = ["thriftlm"],  # noqa: B006
     precision: Annotated[
-        Precision, typer.Option(help="bf16 with fp32 masters, all bf16, or all fp32.")
+        Precision,
+        typer.Option(help="bf16 with fp32 masters, all bf16, all fp32, or blocks in fp8."),
     ] = "amp_bf16",
+    optimizer: Annotated[
+        Optimizer,
+        typer.Option(metavar=OPTIMIZER, help="Optimizer whose state is held and updated."),
+    ] = "adamw",
     seq_len: Annotated[int, typer.Option(metavar="T", min=1, help="Tokens per sequence.")] = 2048,
     batch_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens per optimizer step over all GPUs.")
@@ -63,6 +70,9 @@ def estimate(
     gpus_per_node: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="GPUs per node. Default: the catalog's.")
     ] = None,
+    cpus_per_worker: Annotated[
+        int, typer.Option(metavar="N", min=1, help="CPU threads of a worker, for gpu cpu.")
+    ] = 1,
     cloud: Annotated[str, typer.Option(metavar="CLOUD", help="Whose prices count.")] = "aws",
     market: Annotated[
         Literal["on_demand", "spot"], typer.Option(help="On-demand or spot prices.")
@@ -101,7 +111,13 @@ def estimate(
         return
     if model is None or not gpu:
         raise InputError("estimate needs a MODEL and at least one --gpu; see `thriftlm gpus`")
-    place = {"gpus_per_node": gpus_per_node, "cloud": cloud, "market": market, "billing": billing}
+    place = {
+        "gpus_per_node": gpus_per_node,
+        "cpus_per_worker": cpus_per_worker,
+        "cloud": cloud,
+        "market": market,
+        "billing": billing,
+    }
     grid = estimates.Grid(
         gpus=gpu,
         n_gpus=n_gpus,
@@ -110,6 +126,7 @@ def estimate(
         attentions=attention,
         checkpointings=act_ckpt,
         stacks=stack,
+        optimizer=optimizer,
         precision=precision,
         seq_len=seq_len,
         batch_tokens=batch_tokens,
@@ -124,11 +141,27 @@ def estimate(
 
 def calibrate(
     rows: Annotated[
-        Path,
-        typer.Argument(metavar="ROWS", help="CSV of measured throughput, as design section 6."),
-    ],
+        list[Path],
+        typer.Argument(metavar="ROWS", help="CSV files of measured throughput, design section 6."),
+    ] = [],  # noqa: B006
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="Rows are probes of one cluster: start from what is known."),
+    ] = False,
+    search: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Refine by the throughput that a search measured."),
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Use it from now on: write it into the storage folder."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the constants are written as JSON.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Storage folder. Default: as for search."),
     ] = None,
     as_json: Annotated[
         bool,
@@ -136,7 +169,18 @@ def calibrate(
     ] = False,
 ) -> None:
     """Fit the estimator's constants to measured rows, and say how far they carry."""
-    from thriftlm.review import estimates
+    from thriftlm.review import calibrating
+    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.spec import InputError
 
-    found = estimates.calibrate_file(rows, out)
-    print(json.dumps(found, indent=2)) if as_json else estimates.show_calibration(found)
+    if (search is None) != bool(rows):
+        raise InputError("calibrate needs files of ROWS, or --search NAME, and not both")
+    place = storage_at(storage)
+    target = calibrating.place_to_keep(place) if keep else out
+    if search is not None:
+        found = calibrating.refine_by_search(search, place, target)
+    elif refine:
+        found = calibrating.refine_by_rows(rows, place, target)
+    else:
+        found = calibrating.calibrate_rows(rows, target)
+    print(json.dumps(found, indent=2)) if as_json else calibrating.show_calibration(found)

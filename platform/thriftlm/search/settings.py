@@ -203,6 +203,14 @@ class Bound(Spec):
             raise ValueError(f"min must not exceed max: {self.min:g} > {self.max:g}")
         return self
 
+    def broken_by(self, name: str, value: float) -> str | None:
+        """The rule that a value of a quantity breaks, None where it keeps both."""
+        if self.max is not None and value > self.max:
+            return f"{name} above {self.max:.15g}"
+        if self.min is not None and value < self.min:
+            return f"{name} below {self.min:.15g}"
+        return None
+
 
 class Constraints(Spec):
     """Bounds on derived quantities of the model; points outside are removed and counted."""
@@ -220,26 +228,16 @@ class Constraints(Spec):
     kv_bytes_per_token: Bound | None = None
     """Bytes of bf16 keys and values cached per token."""
 
-    @validator(mode="before")
-    @classmethod
-    def _not_yet(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "memory_fraction" in given:
-            raise ValueError(
-                "memory_fraction is not built yet: `--dry-run` says what fits; leave it out "
-                "and bound params or micro_batch instead"
-            )
-        return given
+    memory_fraction: Bound | None = None
+    """Share of a GPU's memory that training needs, estimated; what is not known is kept."""
 
     def broken_by(self, model: ModelSpec, seq_len: int) -> tuple[str, float] | None:
         """The first bound that a model breaks, and its value; None where it keeps all."""
-        for name, bound in self:
-            if bound is None:
-                continue
-            value = QUANTITIES[name](model, seq_len)
-            if bound.max is not None and value > bound.max:
-                return f"{name} above {bound.max:.15g}", value
-            if bound.min is not None and value < bound.min:
-                return f"{name} below {bound.min:.15g}", value
+        for name, quantity in QUANTITIES.items():
+            bound = getattr(self, name)
+            value = None if bound is None else quantity(model, seq_len)
+            if bound and value is not None and (broken := bound.broken_by(name, value)):
+                return broken, value
         return None
 
 

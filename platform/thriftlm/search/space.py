@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from thriftlm.catalog import attention_target, price
 from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, space_files
+from thriftlm.planning.estimate import memory_fractions
+from thriftlm.planning.machine import Machine
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
-from thriftlm.search.settings import QUANTITIES, SpaceFile
+from thriftlm.search.settings import Constraints, SpaceFile
 from thriftlm.spec import DataSpec, InputError, ModelSpec, OptimSpec, RunSpec, Spec, SystemSpec
 from thriftlm_models import kernels
 
@@ -65,6 +67,7 @@ class Space:
 
     Args:
         config: the file.
+        machine: what workers on a CPU run on, for estimates.
 
     Raises:
         InputError: anything that is wrong with it, a space without a valid point included.
@@ -73,8 +76,9 @@ class Space:
     domains: dict[str, Domain]
     """What varies, by dotted path, in the order of the file."""
 
-    def __init__(self, config: ConfigFile) -> None:
+    def __init__(self, config: ConfigFile, machine: Machine | None = None) -> None:
         self.config = config
+        self.machine = machine
         self.anchor = Path.cwd()
         file = config.parse(SpaceFile)
         self.name = file.name
@@ -116,6 +120,13 @@ class Space:
 
     def resolve(self, point: Point, seed: int) -> RunSpec | Rejected:
         """The run at a point, or why there is none."""
+        found = self._resolve(point, seed)
+        if isinstance(found, Rejected):
+            return found
+        return self._too_large([found]).get(found, found)
+
+    def _resolve(self, point: Point, seed: int) -> RunSpec | Rejected:
+        """The same without the bound on memory."""
         values = _by_section(point)
         data = self._sections["data"].build(values["data"])
         if isinstance(data, Rejected):
@@ -138,6 +149,17 @@ class Space:
             or self._constrained(built)
             or self._run(built, seed)
         )
+
+    def _too_large(self, runs: Sequence[RunSpec]) -> dict[RunSpec, Rejected]:
+        """Runs that break the bound on memory. One call for many is a thousand times faster."""
+        bound = self.constraints.memory_fraction
+        if bound is None or not runs:
+            return {}
+        found = {}
+        for run, fraction in zip(runs, memory_fractions(runs, self.machine).tolist(), strict=True):
+            if broken := bound.broken_by("memory_fraction", fraction):
+                found[run] = Rejected(broken, f"{broken}: {fraction:.3g} on {run.system.gpu}")
+        return found
 
     def _run(self, built: dict[str, Any], seed: int) -> RunSpec | Rejected:
         fidelity = self.search.fidelity
@@ -173,6 +195,11 @@ class Space:
         return broken and Rejected(broken[0], f"{broken[0]}: {broken[1]:.15g}")
 
     @property
+    def is_grid(self) -> bool:
+        """Whether every point is tried once."""
+        return self.search.algorithm == "grid"
+
+    @property
     def size(self) -> int | None:
         """Points before constraints; None where a field is continuous."""
         listed = [domain.values for domain in self.domains.values()]
@@ -200,15 +227,17 @@ class Space:
         """
         sampled = self.size is None or self.size > MAX_ENUMERATED
         points = self._sample_points() if sampled else self.grid()
-        runs: dict[RunSpec, None] = {}
+        runs: Counter[RunSpec] = Counter()
         removed: Counter[str] = Counter()
         total = 0
         for total, point in enumerate(points, start=1):  # noqa: B007
-            found = self.resolve(point, self.search.seed)
+            found = self._resolve(point, self.search.seed)
             if isinstance(found, Rejected):
                 removed[found.reason] += 1
             else:
-                runs[found] = None
+                runs[found] += 1
+        for run, rejection in self._too_large(tuple(runs)).items():
+            removed[rejection.reason] += runs.pop(run)
         valid = total - removed.total()
         rejected = dict(removed.most_common())
         return Counts(total, valid, tuple(runs), rejected, sampled, self.size)
@@ -220,6 +249,12 @@ class Space:
             found.append(
                 "asha stops nothing: min_tokens is not below max_tokens "
                 f"({search.fidelity.min_tokens})"
+            )
+        on_cpu = any(system.gpu == "cpu" for system in self.systems())
+        if self.constraints.memory_fraction and on_cpu and self.machine is None:
+            found.append(
+                "memory_fraction removes nothing on cpu: this machine is not measured; "
+                "`thriftlm doctor` does"
             )
         trials = self.search_budget.trials
         if search.algorithm == "grid" and trials is not None and trials < (self.size or 0):
@@ -266,13 +301,15 @@ class Space:
     def _blamed(self, reason: str) -> KeyPath:
         """The key that a rule speaks of first, as far as the file has it."""
         words = reason.split()
-        if words[0] in QUANTITIES:
+        if words[0] in Constraints.model_fields:
             return ("constraints", words[0])
         given = [(*_path(name), key) for name, keys in _given(self.config.data) for key in keys]
         return next((path for word in words for path in given if path[-1] == word), ("space",))
 
 
-def load_space(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Space:
+def load_space(
+    path_or_name: str | Path, overrides: Sequence[str] = (), machine: Machine | None = None
+) -> Space:
     """The space of a YAML file, or of the name of a shipped one, with overrides (`a.b=value`).
 
     Raises:
@@ -285,7 +322,7 @@ def load_space(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Space
             hint = did_you_mean(str(path_or_name), list(shipped))
             raise InputError(f"{path_or_name}: neither a file nor a shipped space; {hint}")
         path = shipped[str(path_or_name)]
-    return Space(ConfigFile.read(path, overrides))
+    return Space(ConfigFile.read(path, overrides), machine)
 
 
 def _given(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -29,7 +29,16 @@ Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
 GB = 1e9
 Z_80 = 1.2816
 """Standard normal deviate of an 80% interval."""
-PLACE = ("gpu", "n_gpus", "gpus_per_node", "cloud", "region", "market", "billing")
+PLACE = (
+    "gpu",
+    "n_gpus",
+    "gpus_per_node",
+    "cpus_per_worker",
+    "cloud",
+    "region",
+    "market",
+    "billing",
+)
 """Columns that a price depends on."""
 
 
@@ -227,7 +236,14 @@ def _offers(table: Mapping[str, Cells], n: int) -> tuple[list[tuple[float, str]]
 
 
 def _place(
-    gpu: str, n_gpus: str, per_node: str, cloud: str, region: str, market: str, billing: str
+    gpu: str,
+    n_gpus: str,
+    per_node: str,
+    cpus: str,
+    cloud: str,
+    region: str,
+    market: str,
+    billing: str,
 ) -> SystemSpec:
     count = int(float(n_gpus or 1))
     given = {"cloud": cloud, "region": region, "market": market, "billing": billing}
@@ -235,6 +251,7 @@ def _place(
         gpu=gpu,
         n_gpus=count,
         gpus_per_node=int(float(per_node)) if per_node else None,
+        cpus_per_worker=int(float(cpus or 1)),
         strategy="ddp" if count > 1 else "single",
         **{key: value for key, value in given.items() if value},
     )

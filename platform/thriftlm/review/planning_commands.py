@@ -14,9 +14,12 @@ Precision = Literal["fp32", "amp_bf16", "bf16_true"]
 
 SOFTWARE = "Software that trains: plain torch, fused kernels, torch.compile, CUDA, or ours."
 AGAIN = " May be given several times."
+BESIDE_SPACE = ("space", "stack", "overrides", "out", "figures", "as_json")
+"""Parameters of `estimate` that go with `--space`; the space says the rest."""
 
 
 def estimate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -78,8 +81,23 @@ def estimate(
         Path | None,
         typer.Option(metavar="IN", help="Estimate every row of a CSV instead; needs --out."),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPACE", help="Estimate every run of a search space instead, file or name."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help=f"Override one value of the space, as in space.system.cloud=aws.{AGAIN}",
+        ),
+    ] = [],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Where --table is written with estimates.")
+        Path | None,
+        typer.Option(metavar="OUT", help="Where --table or --space is written with estimates."),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show where memory and time go, part by part.")
@@ -93,6 +111,12 @@ def estimate(
     from thriftlm.review import estimates
     from thriftlm.spec import InputError
 
+    if space is not None:
+        refuse_beside_space(context)
+        estimate_runs(space, overrides, stack, out, as_json=as_json)
+        return
+    if overrides:
+        raise InputError("--set overrides a value of --space, which is not given")
     if (table is None) != (out is None):
         raise InputError("--table and --out go together: rows to read, and where to write them")
     if table is not None and out is not None:
@@ -120,6 +144,44 @@ def estimate(
         print(json.dumps(found, indent=2))
     else:
         estimates.show_estimates(found, best=best, explain=explain)
+
+
+def refuse_beside_space(context: typer.Context) -> None:
+    """Refuse what says a system beside a space that says them all.
+
+    Raises:
+        InputError: an argument or option that does not go with `--space`.
+    """
+    from thriftlm.spec import InputError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        is_said = source is not None and source.name == "COMMANDLINE"
+        if is_said and parameter.name not in BESIDE_SPACE:
+            said = "MODEL" if parameter.name == "model" else parameter.opts[0]
+            raise InputError(
+                f"--space says which systems are estimated, so {said} must not; "
+                "change the space with --set"
+            )
+
+
+def estimate_runs(
+    space: str, overrides: list[str], stacks: list[str], out: Path | None, *, as_json: bool
+) -> None:
+    """Estimate the runs of a space: print the best of them, write all where asked."""
+    from thriftlm.review import space_estimates
+    from thriftlm.search.space import load_space
+
+    estimated = space_estimates.estimate_space(load_space(space, overrides), stacks)
+    rows = estimated.rows()
+    if out is not None:
+        space_estimates.write_space(estimated, out)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        space_estimates.show_space_estimates(estimated, rows)
+        if out is not None:
+            print(f"{out}: {len(rows):,} rows")
 
 
 def calibrate(

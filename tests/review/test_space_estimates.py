@@ -114,7 +114,7 @@ def test_threads_of_a_worker_are_paid():
         (["--space", "quickstar"], "did you mean 'quickstart'?"),
         (["--space", "tinyllama", "--stack", "eagr"], "stack: unknown 'eagr'; known: eager"),
         (["--space", "tinyllama", "--out", "no/where.csv"], "cannot write no/where.csv"),
-        (["apple-1b", "--gpu", "H100", "--set", "a.b=1"], "--set overrides a value of --space"),
+        (["apple-1b", "--gpu", "H100", "--set", "a.b=1"], "--set and --figures go with --space"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, thriftlm):

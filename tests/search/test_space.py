@@ -124,27 +124,6 @@ def test_scheduler_auto_fits_the_algorithm(write, algorithm, scheduler, resolved
         (7, "n_heads: 2", "n_heads: 3", "space.model.n_heads: no point is valid: n_heads must"),
         (7, "n_heads: 2", "n_heads: 4, n_kv_heads: 3", "space.model.n_kv_heads: no point is valid"),
         (7, "n_heads: 2", "n_heads: {derive: d_mode/32}", "no numeric field 'd_mode' here; did"),
-        (
-            7,
-            "n_heads: 2",
-            "n_heads: {derive: seq_len/32}",
-            "no numeric field 'seq_len' here; known",
-        ),
-        (
-            8,
-            "8192",
-            "{derive: micro_batc*8}",
-            "optim.batch_tokens: no numeric field 'micro_batc' h",
-        ),
-        (8, "8192", "{derive: d_model*8}", "optim.batch_tokens: no numeric field 'd_model' here"),
-        (8, "8192", "{derive: attention*8}", "optim.batch_tokens: no numeric field 'attention' h"),
-        (8, "8192", "{derive: batch_tokens*8}", "space.optim: derived fields in a circle"),
-        (
-            9,
-            "micro_batch: 8",
-            "micro_batch: {derive: batch_tokens/8}",
-            "system.micro_batch: no num",
-        ),
         (7, "n_heads: 2", "n_heads: {derive: d_model**2}", "derive knows + - * / // ( )"),
         (7, "n_heads: 2", "n_heads: {derive: d_model/}", "takes arithmetic like d_model/head_dim"),
         (
@@ -295,30 +274,6 @@ def test_derive_follows_what_is_derived_and_refuses_circles(space):
     circle = {"n_heads": {"derive": "n_kv_heads"}, "n_kv_heads": {"derive": "n_heads"}}
     with pytest.raises(InputError, match="derived fields in a circle"):
         space(model=circle)
-
-
-def test_a_batch_may_follow_from_system_and_data(space):
-    found = space(
-        {"data": {"tokenizer": "bpe:512", "seq_len": [128, 256]}},
-        optim={"batch_tokens": {"derive": "2 * micro_batch*n_gpus*seq_len"}},
-        system={"n_gpus": [1, 4], "strategy": "ddp", "micro_batch": [2, 8]},
-        model={"n_layers": 2},
-    )
-    batches = {
-        (run.data.seq_len, run.system.n_gpus, run.system.micro_batch): run.optim.batch_tokens
-        for run in found.count().runs
-    }
-    assert len(batches) == 8
-    assert batches == {point: 2 * math.prod(point) for point in batches}
-
-
-def test_a_derived_batch_that_needs_what_is_not_there_rejects_the_point(write):
-    text = BASE.replace("batch_tokens: 8192", "batch_tokens: {derive: gpus_per_node*seq_len}")
-    message = "derive: gpus_per_node*seq_len needs gpus_per_node, which has no value"
-    assert message in refused(write(text))
-    with_nodes = text.replace("micro_batch: 8", "micro_batch: 8, gpus_per_node: 8")
-    run = only(load_space(write(with_nodes)), {"model.n_layers": 2})
-    assert run.optim.batch_tokens == 8 * 128
 
 
 def test_a_field_of_the_space_wins_over_the_preset(space):

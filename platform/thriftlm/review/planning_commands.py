@@ -99,6 +99,14 @@ def estimate(
         Path | None,
         typer.Option(metavar="OUT", help="Where --table or --space is written with estimates."),
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --space apple_bottlenecks: draw the study's figures beside the published "
+            "points, and write how they compare.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show where memory and time go, part by part.")
     ] = False,
@@ -113,10 +121,10 @@ def estimate(
 
     if space is not None:
         refuse_beside_space(context)
-        estimate_runs(space, overrides, stack, out, as_json=as_json)
+        estimate_runs(space, overrides, stack, out, figures, as_json=as_json)
         return
-    if overrides:
-        raise InputError("--set overrides a value of --space, which is not given")
+    if overrides or figures:
+        raise InputError("--set and --figures go with --space, which is not given")
     if (table is None) != (out is None):
         raise InputError("--table and --out go together: rows to read, and where to write them")
     if table is not None and out is not None:
@@ -166,22 +174,38 @@ def refuse_beside_space(context: typer.Context) -> None:
 
 
 def estimate_runs(
-    space: str, overrides: list[str], stacks: list[str], out: Path | None, *, as_json: bool
+    space: str,
+    overrides: list[str],
+    stacks: list[str],
+    out: Path | None,
+    figures: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
-    """Estimate the runs of a space: print the best of them, write all where asked."""
+    """Estimate the runs of a space: print the best of them, write and draw all where asked."""
     from thriftlm.review import space_estimates
     from thriftlm.search.space import load_space
 
     estimated = space_estimates.estimate_space(load_space(space, overrides), stacks)
     rows = estimated.rows()
+    if figures is not None:
+        from thriftlm.review import apple_report
+
+        options = [f"--set {one}" for one in overrides] + [f"--stack {one}" for one in stacks]
+        command = f"thriftlm estimate --space {space} {' '.join(options)} --figures {figures}"
+        study = apple_report.write_study(estimated, figures, command)
     if out is not None:
         space_estimates.write_space(estimated, out)
     if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
+        print(json.dumps(rows if figures is None else {"estimates": rows} | study, indent=2))
+        return
+    if figures is None:
         space_estimates.show_space_estimates(estimated, rows)
-        if out is not None:
-            print(f"{out}: {len(rows):,} rows")
+    else:
+        print((figures / apple_report.PAGE).read_text(encoding="utf-8"))
+        print("\n".join(study["files"]))
+    if out is not None:
+        print(f"{out}: {len(rows):,} rows")
 
 
 def calibrate(

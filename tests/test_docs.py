@@ -53,7 +53,14 @@ def test_space_of_the_readme_is_the_quickstart():
 
 
 @pytest.mark.parametrize(
-    "command", ["models", "gpus", "spaces", *(f"search {name} --dry-run" for name in space_files())]
+    "command",
+    [
+        "models",
+        "gpus",
+        "spaces",
+        "estimate --space apple_bottlenecks --stack eager --stack fused",
+        *(f"search {name} --dry-run" for name in space_files()),
+    ],
 )
 def test_commands_of_the_readme_answer(command):
     done = subprocess.run(
@@ -63,6 +70,16 @@ def test_commands_of_the_readme_answer(command):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_study_shown_in_the_readme_is_the_page_that_was_written():
+    page = (ROOT / "tests/benchmarks/results/apple_study.md").read_text()
+    (shown,) = [b for b in blocks("README.md", "console") if "--space apple_bottlenecks" in b]
+    _, *parts = shown.rstrip().split("\n...")
+    quoted = [part.strip() for part in parts if part.strip()]
+    assert len(quoted) == 3
+    eager = page[page.index("## Stack eager") : page.index("## Stack fused")]
+    assert [part for part in quoted if part not in eager] == []
 
 
 def test_every_link_of_the_readme_leads_somewhere():

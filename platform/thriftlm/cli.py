@@ -129,9 +129,10 @@ def search(
     place = storage_at(storage)
     found = load_space(space, overrides, measured_machine(place.root))
     if dry_run:
+        from thriftlm.planning.constants import in_use
         from thriftlm.review.dry_run import describe_space, show_space
 
-        described = describe_space(found)
+        described = describe_space(found, in_use(place.root))
         emit(described) if as_json else show_space(described)
         return
     from thriftlm.review.session import Sitting

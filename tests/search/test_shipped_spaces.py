@@ -91,6 +91,16 @@ def test_tinyllama_space_is_the_published_run() -> None:
     assert 24_000 * 16 * hours * 3600 == pytest.approx(3e12, rel=0.01)
 
 
+def test_apple_space_is_the_published_grid() -> None:
+    counts = load_space("apple_bottlenecks").count()
+    assert (counts.size, counts.valid, counts.distinct, counts.sampled) == (2520, 2520, 2280, False)
+    sizes = [stored_params(model) for model in counts.models]
+    assert sizes == [130_569_920, 526_550_016, 970_458_240, 1_969_027_008]  # Table 2
+    assert {run.grad_accum for run in counts.runs} == {1}
+    batches = {run.optim.batch_tokens // run.data.seq_len for run in counts.runs}
+    assert batches == {2**k for k in range(2, 13)}  # 4 on one GPU to 64 on each of 64
+
+
 def test_a_dry_run_says_what_fits_and_what_a_trial_costs() -> None:
     sweep = describe_space(load_space("mobilellm_depth_width"))["estimated"]
     assert (sweep["fits"], sweep["out"], sweep["unknown"]) == (9, 0, 0)

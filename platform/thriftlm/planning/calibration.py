@@ -68,7 +68,7 @@ CLASS_LOG_SD = {
     "new_source": 0.25,
     "own_cpu": 0.25,
     "consumer_card": 0.30,
-    "plain_eager": 0.45,
+    "plain_eager": 0.85,
     "unmeasured_stack": 0.25,
     "optimistic_fp8": 0.30,
 }

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 
 from thriftlm.catalog import usd_per_hour
+from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimate, estimate_runs
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
@@ -33,8 +34,8 @@ NO_SHAPE = {"preset", "init", "parametrization", "mup_base_width"}
 """Fields of a model that say how it learns or what it is called, not what it computes."""
 
 
-def describe_space(space: Space) -> dict[str, Any]:
-    """Points of a space, what removes some, and its budgets."""
+def describe_space(space: Space, calibration: Calibration | None = None) -> dict[str, Any]:
+    """Points of a space, what removes some, its budgets, and what the estimator says of it."""
     counts = space.count()
     search = space.search
     varied = [path.removeprefix("model.") for path in space.domains if path.startswith("model.")]
@@ -50,7 +51,7 @@ def describe_space(space: Space) -> dict[str, Any]:
         "distinct": counts.distinct,
         "rejected": counts.rejected,
         "models": models,
-        "estimated": estimated(space, counts.runs),
+        "estimated": estimated(space, counts.runs, calibration),
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
@@ -73,13 +74,15 @@ def describe_model(model: ModelSpec, varied: list[str]) -> dict[str, Any]:
     }
 
 
-def estimated(space: Space, runs: Sequence[RunSpec]) -> dict[str, Any]:
+def estimated(
+    space: Space, runs: Sequence[RunSpec], calibration: Calibration | None
+) -> dict[str, Any]:
     """What the estimator says of the runs: how many fit into memory, and what the search costs.
 
     `usd_per_trial` is the median over what fits, each at its full length; None where no speed is
     known, as on a CPU that was not measured. What is not known fits neither in nor out.
     """
-    estimates = estimate_runs(runs, space.machine)
+    estimates = estimate_runs(runs, space.machine, calibration)
     found = [(run, estimates[i]) for i, run in enumerate(runs)]
     out = Counter(entry.reason for _, entry in found if entry.fits is False)
     known = [(run, entry) for run, entry in found if entry.fits and entry.usd_per_btok is not None]

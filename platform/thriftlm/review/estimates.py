@@ -169,7 +169,7 @@ def show_estimates(rows: list[Row], *, best: bool, explain: bool) -> None:
     """Print estimates as a table, and with `explain` where bytes and seconds go."""
     console = plain_console()
     listed = rows[:RANKED_SHOWN] if best else rows
-    console.print(fitted(COLUMNS, [_cells(row) for row in listed], console.width))
+    console.print(fitted(COLUMNS, [table_cells(row) for row in listed], console.width))
     if len(listed) < len(rows):
         console.print(f"[dim]{len(rows) - len(listed)} more, all of them with --json[/]")
     out = sum(row["fits"] is False for row in rows)
@@ -201,7 +201,8 @@ COLUMNS = [
 ]
 
 
-def _cells(row: Row) -> list[str]:
+def table_cells(row: Row) -> list[str]:
+    """One estimate as a line of a table under `COLUMNS`."""
     low, high = row["low"], row["high"]
     return [
         row["gpu"],
@@ -267,16 +268,27 @@ def estimate_file(source: Path, target: Path) -> dict[str, Any]:
     if not lines:
         raise InputError(f"{source}: no rows; give one line per system below the header")
     found = estimate_table(table)
+    write_csv(target, [header[i] for i in kept], [cells[i] for i in kept], found)
+    fits, known = int(np.nansum(found.fits)), int(np.isfinite(found.fits).sum())
+    return {"rows": len(lines), "fit": fits, "do_not_fit": known - fits, "out": str(target)}
+
+
+def write_csv(
+    target: Path, header: Sequence[str], columns: Sequence[Sequence[Any]], found: Estimates
+) -> None:
+    """Write columns of systems with their estimates beside them.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     added = [estimated_cells(found, attribute) for attribute in TABLE_COLUMNS.values()]
     try:
         with target.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*(header[i] for i in kept), *TABLE_COLUMNS])
-            writer.writerows(zip(*(cells[i] for i in kept), *added, strict=True))
+            writer.writerow([*header, *TABLE_COLUMNS])
+            writer.writerows(zip(*columns, *added, strict=True))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}") from error
-    fits, known = int(np.nansum(found.fits)), int(np.isfinite(found.fits).sum())
-    return {"rows": len(lines), "fit": fits, "do_not_fit": known - fits, "out": str(target)}
 
 
 def read_csv(source: Path) -> tuple[list[str], list[list[str]]]:

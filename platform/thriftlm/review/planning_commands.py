@@ -16,9 +16,12 @@ Optimizer = Literal["adamw", "adamw_8bit", "muon", "sgd"]
 
 SOFTWARE = "Software that trains: plain torch, fused kernels, torch.compile, CUDA, or ours."
 AGAIN = " May be given several times."
+BESIDE_SPACE = ("space", "stack", "overrides", "out", "figures", "as_json")
+"""Parameters of `estimate` that go with `--space`; the space says the rest."""
 
 
 def estimate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -88,8 +91,31 @@ def estimate(
         Path | None,
         typer.Option(metavar="IN", help="Estimate every row of a CSV instead; needs --out."),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPACE", help="Estimate every run of a search space instead, file or name."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help=f"Override one value of the space, as in space.system.cloud=aws.{AGAIN}",
+        ),
+    ] = [],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Where --table is written with estimates.")
+        Path | None,
+        typer.Option(metavar="OUT", help="Where --table or --space is written with estimates."),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --space apple_bottlenecks: draw the study's figures beside the published "
+            "points, and write how they compare.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show where memory and time go, part by part.")
@@ -103,6 +129,12 @@ def estimate(
     from thriftlm.review import estimates
     from thriftlm.spec import InputError
 
+    if space is not None:
+        refuse_beside_space(context)
+        estimate_space(space, overrides, stack, out, figures, as_json=as_json)
+        return
+    if overrides or figures:
+        raise InputError("--set and --figures go with --space, which is not given")
     if (table is None) != (out is None):
         raise InputError("--table and --out go together: rows to read, and where to write them")
     if table is not None and out is not None:
@@ -137,6 +169,65 @@ def estimate(
         print(json.dumps(found, indent=2))
     else:
         estimates.show_estimates(found, best=best, explain=explain)
+
+
+def refuse_beside_space(context: typer.Context) -> None:
+    """Refuse what says a system beside a space that says them all.
+
+    Raises:
+        InputError: an argument or option that does not go with `--space`.
+    """
+    from thriftlm.spec import InputError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        is_said = source is not None and source.name == "COMMANDLINE"
+        if is_said and parameter.name not in BESIDE_SPACE:
+            said = "MODEL" if parameter.name == "model" else parameter.opts[0]
+            raise InputError(
+                f"--space says which systems are estimated, so {said} must not; "
+                "change the space with --set"
+            )
+
+
+def estimate_space(
+    space: str,
+    overrides: list[str],
+    stacks: list[str],
+    out: Path | None,
+    figures: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Estimate the runs of a space: print the best of them, write and draw all where asked."""
+    from thriftlm.planning.constants import in_use
+    from thriftlm.planning.machine import measured_machine
+    from thriftlm.review import space_estimates
+    from thriftlm.search.space import load_space
+    from thriftlm.search.storage import storage
+
+    kept = storage(None).root
+    found = load_space(space, overrides, measured_machine(kept))
+    estimated = space_estimates.estimate_space(found, stacks, in_use(kept))
+    rows = estimated.rows()
+    if figures is not None:
+        from thriftlm.review import apple_report
+
+        options = [f"--set {one}" for one in overrides] + [f"--stack {one}" for one in stacks]
+        command = f"thriftlm estimate --space {space} {' '.join(options)} --figures {figures}"
+        study = apple_report.write_study(estimated, figures, command)
+    if out is not None:
+        space_estimates.write_space(estimated, out)
+    if as_json:
+        print(json.dumps(rows if figures is None else {"estimates": rows} | study, indent=2))
+        return
+    if figures is None:
+        space_estimates.show_space_estimates(estimated, rows)
+    else:
+        print((figures / apple_report.PAGE).read_text(encoding="utf-8"))
+        print("\n".join(study["files"]))
+    if out is not None:
+        print(f"{out}: {len(rows):,} rows")
 
 
 def calibrate(

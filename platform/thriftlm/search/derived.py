@@ -28,7 +28,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Derive:
-    """Arithmetic over fields of the same section, computed exactly."""
+    """Arithmetic over fields, computed exactly."""
 
     expression: str
 

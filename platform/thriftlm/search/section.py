@@ -1,7 +1,7 @@
 """One section of a space (model, optim, system, data): what varies, what is constant or derived."""
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -37,14 +37,17 @@ class Section:
     constants: Mapping[str, Any]
     domains: Mapping[str, Domain]
     derivation: Derivation
+    outside: tuple[str, ...] = ()
+    """Fields of other sections that the derived ones read."""
 
     def given(self, name: str) -> bool:
         """Whether the space says anything about a field."""
         return name in self.constants or name in self.domains or name in self.derivation.names
 
-    def build(self, values: Items) -> Spec | Rejected:
-        """The specification at a point of this section."""
-        return _build(self, values)
+    def build(self, values: Items, others: Mapping[str, Any] | None = None) -> Spec | Rejected:
+        """The specification at a point of this section; `others` are fields of other sections."""
+        read = tuple((name, others[name]) for name in self.outside) if others else ()
+        return _build(self, values, read)
 
     def specs(self) -> Iterator[Spec]:
         """The distinct specifications of all points; every domain must be finite."""
@@ -61,7 +64,7 @@ class Section:
 
 
 @lru_cache(maxsize=16_384)
-def _build(section: Section, values: Items) -> Spec | Rejected:
+def _build(section: Section, values: Items, outside: Items) -> Spec | Rejected:
     """Cached, since most points of a space share most of their sections."""
     fields = dict(section.constants) | dict(values)
     whole = whole_fields(section.cls)
@@ -70,6 +73,7 @@ def _build(section: Section, values: Items) -> Spec | Rejected:
             fields[name] = int(fields[name])
     try:
         known = _defaults(section.cls) | _preset_fields(section.cls, fields) | fields
+        known |= dict(outside)
         fields |= section.derivation.apply(known, whole)
         return section.cls.model_validate(_normal(section.cls, fields))
     except ValidationError as error:
@@ -124,8 +128,17 @@ def _normal(cls: type[Spec], fields: dict[str, Any]) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_section(config: ConfigFile, path: KeyPath, given: object, cls: type[Spec]) -> Section:
+def read_section(
+    config: ConfigFile,
+    path: KeyPath,
+    given: object,
+    cls: type[Spec],
+    others: Sequence[type[Spec]] = (),
+) -> Section:
     """A section of a space file, every value checked against its field.
+
+    A derived field reads fields of its own section, and then of `others`, which are built before
+    it and so can need nothing of it.
 
     Raises:
         InputError: an unknown field, a bad domain or value; names file, line and key.
@@ -147,7 +160,10 @@ def read_section(config: ConfigFile, path: KeyPath, given: object, cls: type[Spe
             domains[name] = found
         else:
             constants[name] = found
-    return Section(cls, constants, domains, _derivation(config, path, derived, cls))
+    needed = {name for how in derived.values() for name in getattr(how, "needs", ())}
+    outside = tuple(sorted(needed - cls.model_fields.keys()))
+    derivation = _derivation(config, path, derived, (cls, *others))
+    return Section(cls, constants, domains, derivation, outside)
 
 
 def _read_field(config: ConfigFile, at: KeyPath, value: Any, cls: type[Spec]) -> Any:
@@ -224,9 +240,14 @@ def _check_value(config: ConfigFile, at: KeyPath, value: Any, cls: type[Spec], n
 
 
 def _derivation(
-    config: ConfigFile, path: KeyPath, derived: Mapping[str, Derived], cls: type[Spec]
+    config: ConfigFile,
+    path: KeyPath,
+    derived: Mapping[str, Derived],
+    specs: Sequence[type[Spec]],
 ) -> Derivation:
-    numeric = [name for name in cls.model_fields if field_kinds(cls, name) & {int, float}]
+    numeric = [
+        name for cls in specs for name in cls.model_fields if field_kinds(cls, name) & {int, float}
+    ]
     for name, how in derived.items():
         for needed in getattr(how, "needs", ()):
             if needed not in numeric:

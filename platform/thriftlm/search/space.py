@@ -1,6 +1,6 @@
 """A search space: which runs there are, which of them are valid, and how to draw one."""
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
@@ -30,6 +30,8 @@ SPECS: dict[str, type[Spec]] = {
     "system": SystemSpec,
     "data": DataSpec,
 }
+READS: dict[str, tuple[type[Spec], ...]] = {"optim": (SystemSpec, DataSpec)}
+"""Other sections whose numbers the derived fields of a section may read: a batch is what fits."""
 MAX_ENUMERATED = MAX_LISTED
 """Larger spaces are sampled where they are counted."""
 SAMPLES = 2_000
@@ -91,7 +93,7 @@ class Space:
         weights = file.objective.weights
         self.objective_weights = None if weights is None else weights.model_dump()
         self._sections = {
-            name: read_section(config, _path(name), given, SPECS[name])
+            name: read_section(config, _path(name), given, SPECS[name], READS.get(name, ()))
             for name, given in _given(config.data)
         }
         for name, cls in SPECS.items():
@@ -139,8 +141,9 @@ class Space:
         if vocab is not None:
             values["model"] = (*values["model"], ("vocab", vocab))
         built: dict[str, Any] = {"data": data}
-        for name in ("model", "optim", "system"):
-            built[name] = self._sections[name].build(values[name])
+        for name in ("model", "system", "optim"):
+            read = ChainMap(*(vars(built[key]) for key in ("system", "data") if key in built))
+            built[name] = self._sections[name].build(values[name], read)
             if isinstance(built[name], Rejected):
                 return cast(Rejected, built[name])
         return (

@@ -2,7 +2,7 @@ from datetime import date, timedelta
 
 import pytest
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.review.wording import (
     counted,
     describe,
@@ -94,6 +94,6 @@ def test_limits() -> None:
 
 
 def test_prices_go_stale_after_ninety_days():
-    newest = date(2026, 1, 1) - timedelta(days=catalog.age_days(date(2026, 1, 1)))
+    newest = date(2026, 1, 1) - timedelta(days=prices.age_days(date(2026, 1, 1)))
     assert stale_prices(newest + timedelta(days=90)) == ""
     assert stale_prices(newest + timedelta(days=91)) == "warning: prices are over 90 days old"

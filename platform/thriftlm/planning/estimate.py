@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.planning.constants import Calibration, shipped
 from thriftlm.planning.memory import Memory, memory
 from thriftlm.planning.seconds import Seconds, is_hopper, seconds
@@ -212,7 +212,7 @@ def offer(system: SystemSpec) -> tuple[float, str]:
         InputError: unknown cloud.
     """
     try:
-        return catalog.usd_per_hour(system), catalog.price(system).instance
+        return prices.usd_per_hour(system), prices.price(system).instance
     except InputError as error:
         if str(error).startswith("unknown"):
             raise

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from thriftlm import catalog
+from thriftlm import catalog, prices
 from thriftlm.config_file import space_files
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, optional, stale_prices, usd
@@ -64,7 +64,7 @@ def show_models(rows: list[dict[str, Any]]) -> None:
 
 def gpu_rows() -> list[dict[str, Any]]:
     """Every GPU of the catalog with its prices."""
-    offers = catalog.prices()
+    offers = prices.offers()
     return [
         gpu.model_dump() | {"prices": [p.model_dump() for p in offers if p.gpu == name]}
         for name, gpu in catalog.gpus().items()
@@ -90,7 +90,7 @@ def show_gpus(rows: list[dict[str, Any]]) -> None:
     console.print(fitted(columns, cells, console.width))
     today = datetime.now(UTC).date()
     console.print("[dim]cheapest on-demand price per GPU-hour in each cloud; cpu per vCPU-hour[/]")
-    console.print(f"[dim]prices {catalog.snapshot_id()}, {catalog.age_days(today)} days old[/]")
+    console.print(f"[dim]prices {prices.snapshot_id()}, {prices.age_days(today)} days old[/]")
     if warning := stale_prices(today):
         console.print(f"[yellow]{warning}[/]")
 

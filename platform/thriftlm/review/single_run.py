@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.review.tables import plain_console
 from thriftlm.review.wording import optional, usd
 from thriftlm.search.storage import writable
@@ -49,7 +49,7 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
             report(measured.final, None)
     if not first:
         return None
-    cost = catalog.usd_per_hour(spec.system) * (time.perf_counter() - begin) / 3600
+    cost = prices.usd_per_hour(spec.system) * (time.perf_counter() - begin) / 3600
     found = summary(measured, cost)
     if not quiet:
         for name, value in outcome(measured, cost):

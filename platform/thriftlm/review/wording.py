@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from thriftlm import catalog
+from thriftlm import prices
 
 SYSTEM_LAST = ("system.strategy", "system.n_gpus")
 """Varied fields that `describe` says at its end, as they were after normalisation."""
@@ -101,6 +101,6 @@ def optional(value: float | None, form: str) -> str:
 
 def stale_prices(today: date) -> str:
     """A warning where the catalog's prices are old enough to have moved, else nothing."""
-    if catalog.age_days(today) <= STALE_PRICE_DAYS:
+    if prices.age_days(today) <= STALE_PRICE_DAYS:
         return ""
     return f"warning: prices are over {STALE_PRICE_DAYS} days old"

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from pydantic import ValidationError
 
-from thriftlm.catalog import attention_target, price
+from thriftlm.catalog import attention_target
 from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, space_files
+from thriftlm.prices import price
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
 from thriftlm.search.settings import QUANTITIES, SpaceFile

@@ -100,3 +100,23 @@ def test_every_canonical_id_of_the_design_is_there_with_what_an_estimate_needs()
     # fp32 accumulation, which training uses: half of what the boxes of consumer cards say.
     assert gpu("RTX4090").bf16_tflops == 165.2
     assert gpu("RTXPRO6000").compute_capability == 12.0
+
+
+def test_an_fp32_peak_is_dense_and_never_a_tensor_core_rate():
+    # Vector units: 2 FLOPs x cores x clock. TF32 on an A100 would be 156, on an H100 494.
+    assert gpu("A100-40GB").fp32_tflops == 19.5
+    assert gpu("H100").fp32_tflops == 67
+    assert gpu("cpu").fp32_tflops is None
+    for entry in gpus().values():
+        if entry.fp32_tflops and entry.bf16_tflops:
+            assert entry.fp32_tflops <= entry.bf16_tflops / 1.99
+
+
+def test_usable_memory_is_what_the_driver_reports_else_the_nominal_size():
+    assert gpu("A10G").usable_memory_gib == 22888 / 1024  # EC2; sold as 24 GB
+    assert gpu("RTX4090").usable_memory_gib == 24564 / 1024  # nvidia-smi
+    assert gpu("A100-64GB").usable_memory_gib == 64  # not known
+    assert gpu("cpu").usable_memory_gib is None
+    for entry in gpus().values():
+        if entry.id != "cpu":
+            assert 0.9 < entry.usable_memory_gib / entry.memory_gib <= 1

@@ -15,6 +15,7 @@ from thriftlm_models.kernels import Target
 
 Row = Mapping[str, str]
 
+MIB_PER_GIB = 1024
 NODE_SHAPES = {
     "A100-80GB-SXM": "A100-80GB",
     "H100-SXM": "H100-80GB",
@@ -37,10 +38,15 @@ class Gpu(Spec):
     """The maker's name, with the form factor."""
     bf16_tflops: PositiveFloat | None
     """Dense bf16 peak in 1e12 FLOP/s; None where there is none or none is known."""
+    fp32_tflops: PositiveFloat | None
+    """Dense fp32 peak in 1e12 FLOP/s, without TF32."""
     compute_capability: PositiveFloat | None
     """CUDA compute capability, which decides what kernels run; None for cpu."""
     memory_gib: PositiveFloat | None
-    """Nominal memory in GiB; what a process can use is less."""
+    """Nominal memory in GiB."""
+    usable_memory_gib: PositiveFloat | None
+    """Memory in GiB that EC2 or nvidia-smi reports, which is less; the nominal one where neither
+    is known. CUDA itself takes some of it."""
     memory_gb_per_s: PositiveFloat | None
     """Memory bandwidth in 1e9 bytes per second."""
     nvlink_gb_per_s: float | None
@@ -119,12 +125,15 @@ def _gpu(row: Row) -> Gpu:
     def number(column: str) -> float | None:
         return float(row[column]) if row[column] else None
 
+    reported = number("usable_memory_mib")
     return Gpu(
         id=row["id"],
         product=row["product"],
         bf16_tflops=number("bf16_dense_tflops"),
+        fp32_tflops=number("fp32_tflops"),
         compute_capability=number("compute_capability"),
         memory_gib=number("hbm_gib"),
+        usable_memory_gib=reported / MIB_PER_GIB if reported else number("hbm_gib"),
         memory_gb_per_s=number("hbm_gbps"),
         nvlink_gb_per_s=number("nvlink_gbps_per_gpu_bidirectional"),
         pcie=row["pcie"] or None,

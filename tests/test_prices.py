@@ -99,6 +99,25 @@ def test_a_missing_price_says_where_there_is_one(fields, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "cloud", "usd"),
+    [
+        ("RTX3090", "runpod", 0.50),
+        ("RTX4090", "runpod", 0.74),
+        ("RTX5090", "runpod", 0.99),
+        ("RTXPRO6000", "runpod", 2.09),
+        ("RTXPRO6000", "aws", 3.36312),
+        ("A40", "runpod", 0.49),
+        ("A6000", "lambda", 1.09),
+        ("GH200", "lambda", 2.29),
+    ],
+)
+def test_cards_are_priced_where_they_are_rented(key, cloud, usd):
+    found = price(system(gpu=key, cloud=cloud))
+    assert found.usd_per_gpu_hour == pytest.approx(usd)
+    assert found.market == "on_demand"
+
+
 @pytest.fixture
 def table():
     text = files("thriftlm").joinpath("data/prices.csv").read_text()
@@ -143,5 +162,5 @@ def test_prices_are_dated():
 
 def test_a_price_reads_as_one_line():
     assert str(price(system())) == (
-        "aws/us-east-1/on_demand c7i.xlarge 0.044625 USD/vCPU-hour (2026)"
+        "aws/us-east-1/on_demand c7i.xlarge 0.044625 USD/vCPU-hour (2026-02-09)"
     )

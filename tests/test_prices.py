@@ -4,15 +4,8 @@ from importlib.resources import files
 
 import pytest
 
-from thriftlm.prices import (
-    age_days,
-    gpus_billed,
-    offers,
-    parse_prices,
-    price,
-    snapshot_id,
-    usd_per_hour,
-)
+from thriftlm.price_tables import parse_prices
+from thriftlm.prices import age_days, gpus_billed, offers, price, snapshot_id, usd_per_hour
 from thriftlm.spec import InputError, SystemSpec
 
 
@@ -124,24 +117,70 @@ def table():
     return list(csv.DictReader(text.splitlines()))
 
 
+def text_of(table):
+    rows = [",".join(table[0]), *(",".join(f'"{v}"' for v in row.values()) for row in table)]
+    return "\n".join(rows)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
         ("SpotPrice", "9.99", "SpotPrice must not exceed Price: 9.99 > 0.526"),
         ("SpotPrice", "0", "SpotPrice must be above 0"),
+        ("Price", "0", "Price must be above 0"),
         ("Price", "nan", "Price must be above 0"),
         ("Price", "cheap", "Price must be a number, got 'cheap'"),
         ("AcceleratorCount", "12", "AcceleratorCount must be one of (1, 2, 4, 8, 16), got '12'"),
+        ("AcceleratorCount", "2", "AcceleratorCount 2 contradicts GpuInfo, which counts 1"),
         ("AcceleratorName", "T5", "unknown AcceleratorName 'T5'"),
+        ("Gpu", "T5", "unknown AcceleratorName 'T4'"),
+        # RunPod's rows at SkyPilot have GiB in the field for MiB.
+        ("GpuInfo", "{'Gpus': [{'Count': 1, 'MemoryInfo': {'SizeInMiB': 16}}]}", "GpuInfo says 0"),
+        ("GpuInfo", "16 GiB", "GpuInfo must be SkyPilot's mapping, got '16 GiB'"),
         ("Price", "5.26", "times the median"),
+        ("AsOf", "last week", "AsOf must be a date like 2026-11-24"),
+        ("Source", "", "Source must say where it was read"),
     ],
 )
 def test_a_bad_row_is_named(table, column, value, message):
     table[0][column] = value
-    rows = [",".join(table[0]), *(",".join(f'"{v}"' for v in row.values()) for row in table)]
     with pytest.raises(InputError) as error:
-        parse_prices("\n".join(rows), "mine.csv")
+        parse_prices(text_of(table), "mine.csv")
     assert str(error.value).startswith("mine.csv:2: ")
+    assert message in str(error.value)
+
+
+def test_a_row_needs_a_price(table):
+    table[0] |= {"Price": "", "SpotPrice": ""}
+    with pytest.raises(InputError, match="neither Price nor SpotPrice"):
+        parse_prices(text_of(table))
+
+
+def test_a_name_for_two_cards_is_told_apart_by_memory(table):
+    # SkyPilot calls Azure's H100 NVL of 94 GB an H100.
+    row = next(row for row in table if row["InstanceType"] == "Standard_NC40ads_H100_v5")
+    row |= {"AcceleratorName": "H100", "Gpu": ""}
+    row["GpuInfo"] = "{'Gpus': [{'Count': 1, 'MemoryInfo': {'SizeInMiB': 96256}}]}"
+    with pytest.raises(InputError, match="GpuInfo says 94 GiB, H100-80GB has 80"):
+        parse_prices(text_of(table))
+
+
+def test_a_spot_price_that_is_the_list_price_is_no_signal(table):
+    table[0]["SpotPrice"] = table[0]["Price"]
+    (found,) = parse_prices(text_of(table[:1]))
+    assert found.market == "on_demand"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cloud,Price\naws,1\n", "mine.csv: lacks the columns InstanceType, AcceleratorName"),
+        ("", "mine.csv: holds no row"),
+    ],
+)
+def test_a_table_has_its_columns(text, message):
+    with pytest.raises(InputError) as error:
+        parse_prices(text, "mine.csv")
     assert message in str(error.value)
 
 
@@ -149,9 +188,8 @@ def test_an_outlier_needs_a_reason(table):
     row = next(row for row in table if row["Checked"])
     assert row["InstanceType"] == "gpu_8x_v100_n"
     row["Checked"] = ""
-    rows = [",".join(table[0]), *(",".join(f'"{v}"' for v in row.values()) for row in table)]
     with pytest.raises(InputError, match=r"gpu_8x_v100_n costs 0\.79 USD per V100-16GB-hour"):
-        parse_prices("\n".join(rows))
+        parse_prices(text_of(table))
 
 
 def test_prices_are_dated():

@@ -1,151 +1,95 @@
-"""Prices, each with its source and date, and who pays how much for what.
+"""The prices in force, and who pays how much for what.
 
-`data/prices.csv` has SkyPilot's columns and four more: `Gpu` (canonical id, where SkyPilot's name
-does not say PCIe or SXM), `Checked` (why a price far from the others is right), and `Source` with
-`AsOf`. Prices there are USD per instance and hour.
+Shipped: `data/prices.csv` and the ratios of `data/apple_normalised.csv`. The file that
+$THRIFTLM_PRICES names, a price table (.csv) or rates (.yaml), replaces what is shipped for each
+cloud, GPU and market that it prices. It is read once a process.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator
 from datetime import date
 from difflib import get_close_matches
 from functools import cache, lru_cache
-from statistics import median
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import PositiveFloat, PositiveInt
+from thriftlm.catalog import gpu, gpus, rows, shipped
+from thriftlm.price_tables import NORMALISED, Market, Price, parse_prices, read_rates
+from thriftlm.spec import InputError, SystemSpec
 
-from thriftlm.catalog import NODE_SHAPES, Row, gpu, gpus, rows, shipped
-from thriftlm.spec import InputError, Spec, SystemSpec
-
-Market = Literal["on_demand", "spot"]
 Billing = Literal["whole_node", "pro_rata"]
 
-NORMALISED = "apple_normalised"
-"""The cloud whose unit is not USD: ratios of arXiv 2410.19456, A100-40GB = 1."""
-OUTLIER_FACTOR = 3.0
-"""A price further than this from the median of its GPU is taken for a mistake."""
-GPU_COUNTS = (1, 2, 4, 8, 16)
+VARIABLE = "THRIFTLM_PRICES"
+"""Environment variable that names a file of prices of one's own."""
 
 
-class Price(Spec):
-    """What one GPU costs for an hour on one kind of instance; for `cpu`, one vCPU."""
+class NoOfferError(InputError):
+    """A system that no price in force is for."""
 
-    gpu: str
-    """Canonical id."""
-    usd_per_gpu_hour: PositiveFloat
-    """Instance price over its GPUs, in USD; without unit where `normalised`."""
-    cloud: str
-    region: str | None
-    zone: str | None
-    """Availability zone of a spot price."""
-    market: Market
-    instance: str
-    gpus_per_instance: PositiveInt
-    """GPUs of the instance; for `cpu`, its vCPUs."""
-    as_of: str
-    """Date of the price, to the month or year where the source says no more."""
-    source: str
-    normalised: bool = False
-    """Whether the unit is A100-40GB hours instead of USD."""
 
-    def __str__(self) -> str:
-        place = "/".join(part for part in (self.cloud, self.region, self.market) if part)
-        unit = "normalised" if self.normalised else "USD"
-        each = "vCPU" if self.gpu == "cpu" else "GPU"
-        return (
-            f"{place} {self.instance} {self.usd_per_gpu_hour:g} {unit}/{each}-hour ({self.as_of})"
-        )
+class Table(NamedTuple):
+    """Every price in force."""
+
+    prices: list[Price]
+    newest: str
+    """Date of the newest price of a table. One's own rates do not count: they say nothing about
+    the age of list prices."""
+    snapshot_id: str
+
+
+def offers() -> list[Price]:
+    """Every price in force, on-demand once per region and spot once per zone.
+
+    Raises:
+        InputError: the file that $THRIFTLM_PRICES names is missing or wrong.
+    """
+    return _table(os.environ.get(VARIABLE, "")).prices
+
+
+def snapshot_id() -> str:
+    """Newest date among the prices and eight digits of the SHA-256 of all of them."""
+    return _table(os.environ.get(VARIABLE, "")).snapshot_id
+
+
+def age_days(today: date) -> int:
+    """Days since the newest price of a table was read."""
+    return days_since(_table(os.environ.get(VARIABLE, "")).newest, today)
+
+
+def days_since(as_of: str, today: date) -> int:
+    """Days since a date of the tables; a month or year without day is as old as its first."""
+    year, month, day = (*map(int, as_of.split("-")), 1, 1)[:3]
+    return (today - date(year, month, day)).days
 
 
 @cache
-def offers() -> list[Price]:
-    """Every price of the catalog, on-demand once per region and spot once per zone."""
-    return [*parse_prices(shipped("prices.csv")), *_normalised_prices()]
+def _table(file: str) -> Table:
+    listed = [*parse_prices(shipped("prices.csv")), *_normalised_prices()]
+    text = shipped("prices.csv") + shipped("apple_normalised.csv")
+    own, rates = _own(Path(file), listed) if file else ([], [])
+    found = _replaced(_replaced(listed, own), rates)
+    newest = max(price.as_of for price in (*listed, *own))
+    text += "".join(price.model_dump_json() for price in (*own, *rates))
+    return Table(found, newest, f"{newest}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
-def parse_prices(text: str, name: str = "prices.csv") -> list[Price]:
-    """Prices of a CSV in SkyPilot's columns plus cloud, Source and AsOf, checked row by row.
-
-    Raises:
-        InputError: a row breaks a rule; names the row.
-    """
-    found = {entry: where for where, row in rows(name, text) for entry in _row_prices(row, where)}
-    _refuse_outliers(found, {where for where, row in rows(name, text) if row.get("Checked")})
-    return list(found)
-
-
-def _row_prices(row: Row, where: str) -> Iterator[Price]:
-    on_demand, spot = _positive(row, "Price", where), _positive(row, "SpotPrice", where)
-    if on_demand is None and spot is None:
-        raise InputError(f"{where}: neither Price nor SpotPrice; give one or drop the row")
-    if on_demand is not None and spot is not None and spot > on_demand:
-        raise InputError(f"{where}: SpotPrice must not exceed Price: {spot:g} > {on_demand:g}")
-    if on_demand is not None:
-        yield _price_of_row(row, where, on_demand, "on_demand")
-    if spot is not None and spot != on_demand:  # equal means that there is no spot signal
-        yield _price_of_row(row, where, spot, "spot")
-
-
-def _price_of_row(row: Row, where: str, usd: float, market: Market) -> Price:
-    count = _units(row, where)
-    return Price(
-        gpu=_row_gpu(row, where),
-        usd_per_gpu_hour=usd / count,
-        cloud=row["cloud"],
-        region=row["Region"],
-        zone=(row["AvailabilityZone"] or None) if market == "spot" else None,
-        market=market,
-        instance=row["InstanceType"],
-        gpus_per_instance=count,
-        as_of=row["AsOf"],
-        source=row["Source"],
-    )
-
-
-def _units(row: Row, where: str) -> int:
-    """GPUs of the row's instance, vCPUs where it has no GPU."""
-    column = "AcceleratorCount" if row["AcceleratorName"] else "vCPUs"
-    count = _positive(row, column, where)
-    whole = count is not None and count.is_integer()
-    if count is None or not whole or (row["AcceleratorName"] and count not in GPU_COUNTS):
-        raise InputError(f"{where}: {column} must be one of {GPU_COUNTS}, got '{row[column]}'")
-    return int(count)
-
-
-def _row_gpu(row: Row, where: str) -> str:
-    if not row["AcceleratorName"]:
-        return "cpu"
-    by_skypilot = {entry.skypilot_name: key for key, entry in reversed(gpus().items())}
-    found = row.get("Gpu") or (by_skypilot | NODE_SHAPES).get(row["AcceleratorName"])
-    if found not in gpus():
-        raise InputError(f"{where}: unknown AcceleratorName '{row['AcceleratorName']}'")
-    return found
-
-
-def _positive(row: Row, column: str, where: str) -> float | None:
-    text = row[column]
+def _own(path: Path, listed: list[Price]) -> tuple[list[Price], list[Price]]:
+    """Prices of a file: those of a table and those of rates, one of the two empty."""
+    if path.suffix not in {".csv", ".yaml", ".yml"} or not path.is_file():
+        rule = "must name a .csv or .yaml file that exists"
+        raise InputError(f"${VARIABLE} {rule}, got '{path}'; correct or unset it")
+    if path.suffix != ".csv":
+        return [], read_rates(path, listed)
     try:
-        value = float(text) if text else None
-    except ValueError as error:
-        raise InputError(f"{where}: {column} must be a number, got '{text}'") from error
-    if value is not None and not 0 < value < float("inf"):
-        raise InputError(f"{where}: {column} must be above 0, got '{text}'")
-    return value
+        return parse_prices(path.read_text(encoding="utf-8"), str(path)), []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"${VARIABLE}: cannot read {path}: {error}") from error
 
 
-def _refuse_outliers(found: Mapping[Price, str], checked: set[str]) -> None:
-    for key in {entry.gpu for entry in found}:
-        listed = {p: at for p, at in found.items() if (p.gpu, p.market) == (key, "on_demand")}
-        middle = median(p.usd_per_gpu_hour for p in listed) if listed else 0.0
-        for entry, where in listed.items():
-            ratio = entry.usd_per_gpu_hour / middle
-            if where not in checked and not 1 / OUTLIER_FACTOR <= ratio <= OUTLIER_FACTOR:
-                raise InputError(
-                    f"{where}: {entry.instance} costs {entry.usd_per_gpu_hour:g} USD per "
-                    f"{key}-hour, {ratio:.2g} times the median {middle:g}; correct it, or say "
-                    "in the column Checked why it is right"
-                )
+def _replaced(listed: list[Price], own: list[Price]) -> list[Price]:
+    named = {(price.cloud, price.gpu, price.market) for price in own}
+    return [p for p in listed if (p.cloud, p.gpu, p.market) not in named] + own
 
 
 def _normalised_prices() -> Iterator[Price]:
@@ -163,22 +107,6 @@ def _normalised_prices() -> Iterator[Price]:
             source=row["Source"],
             normalised=True,
         )
-
-
-def snapshot_id() -> str:
-    """Newest date among the prices and eight digits of the table's SHA-256."""
-    digest = hashlib.sha256((shipped("prices.csv") + shipped("apple_normalised.csv")).encode())
-    return f"{_newest()}-{digest.hexdigest()[:8]}"
-
-
-def age_days(today: date) -> int:
-    """Days since the newest price was read."""
-    year, month, day = (*map(int, _newest().split("-")), 1, 1)[:3]
-    return (today - date(year, month, day)).days
-
-
-def _newest() -> str:
-    return max(entry.as_of for entry in offers())
 
 
 # --- what a system costs ------------------------------------------------------------------------
@@ -203,15 +131,16 @@ def price(system: SystemSpec) -> Price:
     (`gpus_per_node`, else the catalog's); where none is that large, the largest does.
 
     Raises:
-        InputError: no such price; names where there is one.
+        NoOfferError: no such price; names where there is one.
+        InputError: the file that $THRIFTLM_PRICES names is missing or wrong.
     """
-    return _offer(_demand(system))
+    return _cheapest(_demand(system))
 
 
 def gpus_billed(system: SystemSpec) -> int:
     """GPUs paid for, idle ones of whole nodes included; for `cpu`, vCPUs."""
     demand = _demand(system)
-    return _billed(_offer(demand), demand)
+    return _billed(_cheapest(demand), demand)
 
 
 def usd_per_hour(system: SystemSpec) -> float:
@@ -234,13 +163,17 @@ def _demand(system: SystemSpec) -> Demand:
     )
 
 
+def _cheapest(demand: Demand) -> Price:
+    return _offer(demand, os.environ.get(VARIABLE, ""))
+
+
 @lru_cache(maxsize=4096)
-def _offer(demand: Demand) -> Price:
+def _offer(demand: Demand, file: str) -> Price:
     wanted = (demand.gpu, demand.cloud, demand.market)
-    found = [p for p in offers() if (p.gpu, p.cloud, p.market) == wanted]
+    found = [p for p in _table(file).prices if (p.gpu, p.cloud, p.market) == wanted]
     found = [p for p in found if demand.region in (None, p.region)]
     if not found:
-        raise InputError(_no_offer(demand))
+        raise NoOfferError(_no_offer(demand))
     per_node = demand.units_per_node or gpus()[demand.gpu].gpus_per_node or demand.units
     largest = max(p.gpus_per_instance for p in found)
     least = min(demand.units, per_node, largest)

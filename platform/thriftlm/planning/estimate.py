@@ -22,7 +22,7 @@ from thriftlm.planning.systems import (
     from_specs,
     from_table,
 )
-from thriftlm.spec import InputError, SystemSpec
+from thriftlm.spec import SystemSpec
 from thriftlm_models.config import ModelSpec
 
 Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
@@ -209,11 +209,11 @@ def offer(system: SystemSpec) -> tuple[float, str]:
     """USD per hour of everything billed and the instance; NaN where that cloud has none.
 
     Raises:
-        InputError: unknown cloud.
+        InputError: unknown cloud, or a wrong file of prices.
     """
     try:
         return prices.usd_per_hour(system), prices.price(system).instance
-    except InputError as error:
+    except prices.NoOfferError as error:
         if str(error).startswith("unknown"):
             raise
         return float("nan"), ""

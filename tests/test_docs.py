@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from thriftlm.config_file import space_files
+from thriftlm.prices import usd_per_hour
+from thriftlm.spec import SystemSpec
 from thriftlm_models.config import ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +48,19 @@ def test_the_dry_run_shown_for_the_spaces_is_the_one_that_comes():
 
 
 def test_space_of_the_readme_is_the_quickstart():
-    (shown,) = blocks("README.md", "yaml")
+    shown, _ = blocks("README.md", "yaml")
     shipped = yaml.safe_load((ROOT / "search_spaces/quickstart.yaml").read_text())["space"]
     for section, fields in yaml.safe_load(shown)["space"].items():
         assert {name: shipped[section][name] for name in fields} == fields
+
+
+def test_rates_of_the_readme_price_a_system(tmp_path, monkeypatch):
+    _, shown = blocks("README.md", "yaml")
+    (tmp_path / "prices.yaml").write_text(shown)
+    monkeypatch.setenv("THRIFTLM_PRICES", str(tmp_path / "prices.yaml"))
+    ten = SystemSpec(gpu="A100-80GB", n_gpus=10, strategy="ddp", cloud="my-cluster")
+    assert usd_per_hour(ten) == pytest.approx(16 * 1.10)
+    assert usd_per_hour(SystemSpec(gpu="H100-80GB", n_gpus=1)) == pytest.approx(4.50)
 
 
 @pytest.mark.parametrize(

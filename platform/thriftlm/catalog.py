@@ -1,35 +1,21 @@
-"""Hardware and prices, each with its source and date, and who pays how much for what.
-
-Three tables lie beside this file in `data/`. `prices.csv` has SkyPilot's columns and three more:
-`Gpu` (canonical id, where SkyPilot's name does not say PCIe or SXM), `Checked` (why a price far
-from the others is right), and `Source` with `AsOf`. Prices there are USD per instance and hour.
-"""
+"""GPUs, each figure with its source: the table `data/gpu_specs.csv`, and the names people use."""
 
 import csv
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from datetime import date
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
-from statistics import median
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from thriftlm.spec import InputError, Spec, SystemSpec
+from thriftlm.spec import InputError, Spec
 from thriftlm_models.kernels import Target
 
-Market = Literal["on_demand", "spot"]
-Billing = Literal["whole_node", "pro_rata"]
 Row = Mapping[str, str]
 
-NORMALISED = "apple_normalised"
-"""The cloud whose unit is not USD: ratios of arXiv 2410.19456, A100-40GB = 1."""
-OUTLIER_FACTOR = 3.0
-"""A price further than this from the median of its GPU is taken for a mistake."""
-GPU_COUNTS = (1, 2, 4, 8, 16)
+MIB_PER_GIB = 1024
 NODE_SHAPES = {
     "A100-80GB-SXM": "A100-80GB",
     "H100-SXM": "H100-80GB",
@@ -52,10 +38,15 @@ class Gpu(Spec):
     """The maker's name, with the form factor."""
     bf16_tflops: PositiveFloat | None
     """Dense bf16 peak in 1e12 FLOP/s; None where there is none or none is known."""
+    fp32_tflops: PositiveFloat | None
+    """Dense fp32 peak in 1e12 FLOP/s, without TF32."""
     compute_capability: PositiveFloat | None
     """CUDA compute capability, which decides what kernels run; None for cpu."""
     memory_gib: PositiveFloat | None
-    """Nominal memory in GiB; what a process can use is less."""
+    """Nominal memory in GiB."""
+    usable_memory_gib: PositiveFloat | None
+    """Memory in GiB that EC2 or nvidia-smi reports, which is less; the nominal one where neither
+    is known. CUDA itself takes some of it."""
     memory_gb_per_s: PositiveFloat | None
     """Memory bandwidth in 1e9 bytes per second."""
     nvlink_gb_per_s: float | None
@@ -74,43 +65,10 @@ class Gpu(Spec):
     """Where the figures come from."""
 
 
-class Price(Spec):
-    """What one GPU costs for an hour on one kind of instance; for `cpu`, one vCPU."""
-
-    gpu: str
-    """Canonical id."""
-    usd_per_gpu_hour: PositiveFloat
-    """Instance price over its GPUs, in USD; without unit where `normalised`."""
-    cloud: str
-    region: str | None
-    zone: str | None
-    """Availability zone of a spot price."""
-    market: Market
-    instance: str
-    gpus_per_instance: PositiveInt
-    """GPUs of the instance; for `cpu`, its vCPUs."""
-    as_of: str
-    """Date of the price, to the month or year where the source says no more."""
-    source: str
-    normalised: bool = False
-    """Whether the unit is A100-40GB hours instead of USD."""
-
-    def __str__(self) -> str:
-        place = "/".join(part for part in (self.cloud, self.region, self.market) if part)
-        unit = "normalised" if self.normalised else "USD"
-        each = "vCPU" if self.gpu == "cpu" else "GPU"
-        return (
-            f"{place} {self.instance} {self.usd_per_gpu_hour:g} {unit}/{each}-hour ({self.as_of})"
-        )
-
-
-# --- GPUs ---------------------------------------------------------------------------------------
-
-
 @cache
 def gpus() -> dict[str, Gpu]:
     """Every known GPU by canonical id, `cpu` last."""
-    return {row["id"]: _gpu(row) for _, row in _rows("gpu_specs.csv", _text("gpu_specs.csv"))}
+    return {row["id"]: _gpu(row) for _, row in rows("gpu_specs.csv", shipped("gpu_specs.csv"))}
 
 
 def gpu(name: str) -> Gpu:
@@ -167,12 +125,15 @@ def _gpu(row: Row) -> Gpu:
     def number(column: str) -> float | None:
         return float(row[column]) if row[column] else None
 
+    reported = number("usable_memory_mib")
     return Gpu(
         id=row["id"],
         product=row["product"],
         bf16_tflops=number("bf16_dense_tflops"),
+        fp32_tflops=number("fp32_tflops"),
         compute_capability=number("compute_capability"),
         memory_gib=number("hbm_gib"),
+        usable_memory_gib=reported / MIB_PER_GIB if reported else number("hbm_gib"),
         memory_gb_per_s=number("hbm_gbps"),
         nvlink_gb_per_s=number("nvlink_gbps_per_gpu_bidirectional"),
         pcie=row["pcie"] or None,
@@ -195,232 +156,14 @@ def attention_target(gpu_name: str, precision: str) -> Target:
     return Target(device, card.compute_capability, in_bf16=precision != "fp32")
 
 
-# --- prices -------------------------------------------------------------------------------------
-
-
-@cache
-def prices() -> list[Price]:
-    """Every price of the catalog, on-demand once per region and spot once per zone."""
-    return [*parse_prices(_text("prices.csv")), *_normalised_prices()]
-
-
-def parse_prices(text: str, name: str = "prices.csv") -> list[Price]:
-    """Prices of a CSV in SkyPilot's columns plus cloud, Source and AsOf, checked row by row.
-
-    Raises:
-        InputError: a row breaks a rule; names the row.
-    """
-    found = {entry: where for where, row in _rows(name, text) for entry in _row_prices(row, where)}
-    _refuse_outliers(found, {where for where, row in _rows(name, text) if row.get("Checked")})
-    return list(found)
-
-
-def _row_prices(row: Row, where: str) -> Iterator[Price]:
-    on_demand, spot = _positive(row, "Price", where), _positive(row, "SpotPrice", where)
-    if on_demand is None and spot is None:
-        raise InputError(f"{where}: neither Price nor SpotPrice; give one or drop the row")
-    if on_demand is not None and spot is not None and spot > on_demand:
-        raise InputError(f"{where}: SpotPrice must not exceed Price: {spot:g} > {on_demand:g}")
-    if on_demand is not None:
-        yield _price_of_row(row, where, on_demand, "on_demand")
-    if spot is not None and spot != on_demand:  # equal means that there is no spot signal
-        yield _price_of_row(row, where, spot, "spot")
-
-
-def _price_of_row(row: Row, where: str, usd: float, market: Market) -> Price:
-    count = _units(row, where)
-    return Price(
-        gpu=_row_gpu(row, where),
-        usd_per_gpu_hour=usd / count,
-        cloud=row["cloud"],
-        region=row["Region"],
-        zone=(row["AvailabilityZone"] or None) if market == "spot" else None,
-        market=market,
-        instance=row["InstanceType"],
-        gpus_per_instance=count,
-        as_of=row["AsOf"],
-        source=row["Source"],
-    )
-
-
-def _units(row: Row, where: str) -> int:
-    """GPUs of the row's instance, vCPUs where it has no GPU."""
-    column = "AcceleratorCount" if row["AcceleratorName"] else "vCPUs"
-    count = _positive(row, column, where)
-    whole = count is not None and count.is_integer()
-    if count is None or not whole or (row["AcceleratorName"] and count not in GPU_COUNTS):
-        raise InputError(f"{where}: {column} must be one of {GPU_COUNTS}, got '{row[column]}'")
-    return int(count)
-
-
-def _row_gpu(row: Row, where: str) -> str:
-    if not row["AcceleratorName"]:
-        return "cpu"
-    by_skypilot = {entry.skypilot_name: key for key, entry in reversed(gpus().items())}
-    found = row.get("Gpu") or (by_skypilot | NODE_SHAPES).get(row["AcceleratorName"])
-    if found not in gpus():
-        raise InputError(f"{where}: unknown AcceleratorName '{row['AcceleratorName']}'")
-    return found
-
-
-def _positive(row: Row, column: str, where: str) -> float | None:
-    text = row[column]
-    try:
-        value = float(text) if text else None
-    except ValueError as error:
-        raise InputError(f"{where}: {column} must be a number, got '{text}'") from error
-    if value is not None and not 0 < value < float("inf"):
-        raise InputError(f"{where}: {column} must be above 0, got '{text}'")
-    return value
-
-
-def _refuse_outliers(found: Mapping[Price, str], checked: set[str]) -> None:
-    for key in {entry.gpu for entry in found}:
-        listed = {p: at for p, at in found.items() if (p.gpu, p.market) == (key, "on_demand")}
-        middle = median(p.usd_per_gpu_hour for p in listed) if listed else 0.0
-        for entry, where in listed.items():
-            ratio = entry.usd_per_gpu_hour / middle
-            if where not in checked and not 1 / OUTLIER_FACTOR <= ratio <= OUTLIER_FACTOR:
-                raise InputError(
-                    f"{where}: {entry.instance} costs {entry.usd_per_gpu_hour:g} USD per "
-                    f"{key}-hour, {ratio:.2g} times the median {middle:g}; correct it, or say "
-                    "in the column Checked why it is right"
-                )
-
-
-def _normalised_prices() -> Iterator[Price]:
-    for _, row in _rows("apple_normalised.csv", _text("apple_normalised.csv")):
-        yield Price(
-            gpu=row["Gpu"],
-            usd_per_gpu_hour=float(row["Ratio"]),
-            cloud=NORMALISED,
-            region=None,
-            zone=None,
-            market="on_demand",
-            instance="single-GPU",
-            gpus_per_instance=1,
-            as_of=row["AsOf"],
-            source=row["Source"],
-            normalised=True,
-        )
-
-
-def _rows(name: str, text: str) -> Iterator[tuple[str, Row]]:
+def rows(name: str, text: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a CSV text by column name, each with the `file:line` where it ends."""
     reader = csv.DictReader(text.splitlines(), restval="")
     for row in reader:
         yield f"{name}:{reader.line_num}", row
 
 
 @cache
-def _text(name: str) -> str:
+def shipped(name: str) -> str:
+    """Text of a table in `data/`."""
     return files("thriftlm").joinpath("data", name).read_text(encoding="utf-8")
-
-
-def snapshot_id() -> str:
-    """Newest date among the prices and eight digits of the table's SHA-256."""
-    digest = hashlib.sha256((_text("prices.csv") + _text("apple_normalised.csv")).encode())
-    return f"{_newest()}-{digest.hexdigest()[:8]}"
-
-
-def age_days(today: date) -> int:
-    """Days since the newest price was read."""
-    year, month, day = (*map(int, _newest().split("-")), 1, 1)[:3]
-    return (today - date(year, month, day)).days
-
-
-def _newest() -> str:
-    return max(entry.as_of for entry in prices())
-
-
-# --- what a system costs ------------------------------------------------------------------------
-
-
-class Demand(NamedTuple):
-    """What a system asks of a cloud. Units are GPUs, for `cpu` vCPUs."""
-
-    gpu: str
-    units: int
-    units_per_node: int | None
-    cloud: str
-    region: str | None
-    market: Market
-    billing: Billing
-
-
-def price(system: SystemSpec) -> Price:
-    """The price that a system pays: of the instances that hold it, the one that costs least.
-
-    An instance holds a system when it has as many GPUs as the system puts on one node
-    (`gpus_per_node`, else the catalog's); where none is that large, the largest does.
-
-    Raises:
-        InputError: no such price; names where there is one.
-    """
-    return _offer(_demand(system))
-
-
-def gpus_billed(system: SystemSpec) -> int:
-    """GPUs paid for, idle ones of whole nodes included; for `cpu`, vCPUs."""
-    demand = _demand(system)
-    return _billed(_offer(demand), demand)
-
-
-def usd_per_hour(system: SystemSpec) -> float:
-    """USD per hour of everything billed for a system (A100-40GB hours for `apple_normalised`)."""
-    return price(system).usd_per_gpu_hour * gpus_billed(system)
-
-
-def _demand(system: SystemSpec) -> Demand:
-    key = gpu(system.gpu).id
-    each = system.cpus_per_worker if key == "cpu" else 1
-    shared = key == "cpu" or system.cloud == NORMALISED
-    return Demand(
-        gpu=key,
-        units=system.n_gpus * each,
-        units_per_node=system.gpus_per_node and system.gpus_per_node * each,
-        cloud=system.cloud,
-        region=system.region,
-        market=system.market,
-        billing=system.billing or ("pro_rata" if shared else "whole_node"),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _offer(demand: Demand) -> Price:
-    wanted = (demand.gpu, demand.cloud, demand.market)
-    offers = [p for p in prices() if (p.gpu, p.cloud, p.market) == wanted]
-    offers = [p for p in offers if demand.region in (None, p.region)]
-    if not offers:
-        raise InputError(_no_offer(demand))
-    per_node = demand.units_per_node or gpus()[demand.gpu].gpus_per_node or demand.units
-    largest = max(p.gpus_per_instance for p in offers)
-    least = min(demand.units, per_node, largest)
-    return min((p for p in offers if p.gpus_per_instance >= least), key=_cost_for(demand))
-
-
-def _cost_for(demand: Demand) -> Callable[[Price], tuple[float, int, str, str]]:
-    def cost(offer: Price) -> tuple[float, int, str, str]:
-        usd = offer.usd_per_gpu_hour * _billed(offer, demand)
-        # Rounded: the same price per GPU differs in its last bit between instance sizes.
-        return round(usd, 9), offer.gpus_per_instance, offer.region or "", offer.instance
-
-    return cost
-
-
-def _billed(offer: Price, demand: Demand) -> int:
-    if demand.billing == "pro_rata":
-        return demand.units
-    per_node = min(demand.units_per_node or demand.units, offer.gpus_per_instance)
-    return -(-demand.units // per_node) * offer.gpus_per_instance
-
-
-def _no_offer(demand: Demand) -> str:
-    clouds = sorted({p.cloud for p in prices()})
-    if demand.cloud not in clouds:
-        near = get_close_matches(demand.cloud, clouds, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        return f"unknown cloud '{demand.cloud}'; {hint}known: {', '.join(clouds)}"
-    place = " ".join(filter(None, (demand.cloud, demand.region)))
-    known = {f"{p.cloud} {p.region or ''} {p.market}" for p in prices() if p.gpu == demand.gpu}
-    listed = ", ".join(sorted(known)) or "no cloud"
-    return f"cloud {place} has no {demand.market} price for {demand.gpu}; there is: {listed}"

@@ -288,10 +288,24 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def gpus(as_json: Json = False) -> None:
+def gpus(
+    refresh: Annotated[
+        Path | None,
+        typer.Option(
+            "--refresh",
+            metavar="OUT.csv",
+            help="Write today's list prices there instead (needs gpuhunt).",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the hardware of the catalog, with prices and their age."""
-    from thriftlm.review.listings import gpu_rows, show_gpus
+    from thriftlm.review.listings import gpu_rows, refreshed, show_gpus, show_refreshed
 
+    if refresh:
+        found = refreshed(refresh)
+        emit(found) if as_json else show_refreshed(found)
+        return
     rows = gpu_rows()
     emit(rows) if as_json else show_gpus(rows)
 

@@ -195,13 +195,15 @@ def test_unknown_is_absent_and_never_zero():
     assert cpu.tokens_per_s_per_gpu is cpu.mfu is cpu.fits is None
     assert "thriftlm doctor" in cpu.reason
     assert cpu.peak_mem_gb > 0
-    no_bf16 = estimate(TINY, SystemSpec(gpu="T4"), 2048, 2**17)
+    small, volta = ModelSpec(preset="apple-100m"), {"gpu": "V100-32GB", "micro_batch": 4}
+    no_bf16 = estimate(small, SystemSpec(precision="amp_bf16", **volta), 1024, 2**17)
     assert no_bf16.tokens_per_s_per_gpu is None
-    small = estimate(ModelSpec(preset="apple-100m"), SystemSpec(gpu="V100-32GB"), 1024, 2**17)
-    assert (small.fits, small.reason) == (True, "no bf16 peak is known")
+    assert (no_bf16.fits, no_bf16.reason) == (True, "no bf16 peak is known")
+    fp32 = estimate(small, SystemSpec(**volta), 1024, 2**17)  # 15.7 TFLOP/s, dense fp32
+    assert fp32.tokens_per_s_per_gpu * flops_per_token(small, 1024) < 15.7e12
     shapeless = estimate_table(rows(d_model="", n_layers=""))[0]
     assert shapeless.tokens_per_s_per_gpu is shapeless.peak_mem_gb is None
-    nowhere = estimate(TINY, SystemSpec(gpu="RTX5090"), 2048, 2**17)
+    nowhere = estimate(TINY, SystemSpec(gpu="RTX5090"), 2048, 2**17)  # aws has none
     assert nowhere.usd_per_btok is None
     assert nowhere.tokens_per_s_per_gpu > 0
 

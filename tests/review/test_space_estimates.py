@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.config_file import space_files
 from thriftlm.planning.estimate import estimate
 from thriftlm.review.space_estimates import estimate_space
@@ -99,7 +99,7 @@ def test_threads_of_a_worker_are_paid():
     space = load_space("quickstart", ["space.system.cpus_per_worker=[1,16]"])
     estimated = estimate_space(space, ["thriftlm"])
     paid = [estimated.found[i].instance for i in range(len(estimated.runs))]
-    assert paid == [catalog.price(run.system).instance for run in estimated.runs]
+    assert paid == [prices.price(run.system).instance for run in estimated.runs]
     assert len(set(paid)) > 1
 
 

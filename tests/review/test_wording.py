@@ -2,7 +2,6 @@ from datetime import date, timedelta
 
 import pytest
 
-from thriftlm import catalog
 from thriftlm.review.wording import (
     counted,
     describe,
@@ -94,6 +93,10 @@ def test_limits() -> None:
 
 
 def test_prices_go_stale_after_ninety_days():
-    newest = date(2026, 1, 1) - timedelta(days=catalog.age_days(date(2026, 1, 1)))
-    assert stale_prices(newest + timedelta(days=90)) == ""
-    assert stale_prices(newest + timedelta(days=91)) == "warning: prices are over 90 days old"
+    read = ["2026-03-04", None, "2026-01-01", ""]
+    oldest = date(2026, 1, 1)
+    assert stale_prices([], oldest) == stale_prices([None, ""], oldest) == ""
+    assert stale_prices(read, oldest + timedelta(days=90)) == ""
+    assert stale_prices(read, oldest + timedelta(days=91)).startswith(
+        "warning: prices from 2026-01-01 on, over 90 days old; `thriftlm gpus --refresh`"
+    )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.search.budget import STOP_SECONDS, Budget, reserve_seconds
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.journal import Allocated, Released, Reported
@@ -28,7 +28,7 @@ def scenario(lab, rng, **search_budget):
 
 def capped(space, hours):
     """The space with a cap that buys so many hours of its middling system, and the cap."""
-    usd = hours * float(np.median([catalog.usd_per_hour(s) for s in space.systems()]))
+    usd = hours * float(np.median([prices.usd_per_hour(s) for s in space.systems()]))
     space.search_budget = space.search_budget.model_copy(update={"usd": usd})
     return usd
 
@@ -185,7 +185,7 @@ def test_a_budget_too_small_for_one_trial_starts_none_and_says_so(lab):
 def test_a_trial_that_is_late_is_asked_to_end_before_its_next_report(lab):
     """Its third interval takes 100 times as long: told at that report it would cost two of them."""
     space = lab.space(optim={"lr": 1e-3}, search_budget={"usd": 1})
-    usd_per_hour = catalog.usd_per_hour(next(space.systems()))
+    usd_per_hour = prices.usd_per_hour(next(space.systems()))
     space.search_budget = space.search_budget.model_copy(update={"usd": usd_per_hour * 140 / 3600})
     pace = lab.Behaviour(first=10, intervals=lambda k: 1000 if k == 2 else 10)
     desk = lab.searched(space, lambda run: pace, capacity=Capacity({"CPU": 1}))

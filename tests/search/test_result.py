@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.config_file import ConfigFile
 from thriftlm.search.result import answer, write
 from thriftlm.search.state import SearchState
@@ -67,7 +67,7 @@ def test_best_yaml_is_a_run_over_what_the_training_budget_buys(searched, tmp_pat
         *(winner.model, winner.optim, winner.data, winner.system),
     )
     assert run.trial_id == winner.trial_id
-    usd_per_token = catalog.usd_per_hour(run.system) / 3600 / 1000  # 1000 tokens per second
+    usd_per_token = prices.usd_per_hour(run.system) / 3600 / 1000  # 1000 tokens per second
     assert run.tokens == round(0.05 / usd_per_token) == round(found.best.tokens_at_budget)
     assert run.report_every_tokens == run.tokens // 20
     assert RunSpec.model_validate(yaml.safe_load(text)) == run

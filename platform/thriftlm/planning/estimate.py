@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.planning.constants import Calibration, shipped
 from thriftlm.planning.intervals import CLASSES, interval_classes, log_sd_of
 from thriftlm.planning.machine import Machine
@@ -24,7 +24,7 @@ from thriftlm.planning.systems import (
     from_cases,
     from_table,
 )
-from thriftlm.spec import InputError, RunSpec, SystemSpec
+from thriftlm.spec import RunSpec, SystemSpec
 from thriftlm_models.config import ModelSpec
 
 Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
@@ -45,6 +45,16 @@ PLACE = (
 """Columns that a price depends on."""
 
 
+class Offer(NamedTuple):
+    """What a system is paid for."""
+
+    usd_per_hour: float
+    """Of everything billed; NaN where the cloud has no such thing."""
+    instance: str
+    as_of: str
+    """Date of the price."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one system is expected to do. Nothing in it is measured; what is unknown is None."""
@@ -63,6 +73,8 @@ class Estimate:
     usd_per_btok: float | None
     """USD per 1e9 training tokens, idle GPUs of whole nodes included."""
     instance: str | None
+    price_as_of: str | None
+    """Date of the price, to the month where its source says no more."""
     interval_class: str
     """Which error the interval has: see `Calibration.log_sd`."""
     seconds: Mapping[str, float]
@@ -86,6 +98,7 @@ class Estimates:
     """1, 0, or NaN where the GPU's memory is unknown."""
     usd_per_btok: Floats
     instance: NDArray[np.str_]
+    price_as_of: NDArray[np.str_]
     interval_class: NDArray[np.str_]
     systems: Systems
     seconds: Seconds
@@ -118,6 +131,7 @@ class Estimates:
             reason=self.reason(i),
             usd_per_btok=_known(self.usd_per_btok[i]),
             instance=str(self.instance[i]) or None,
+            price_as_of=str(self.price_as_of[i]) or None,
             interval_class=str(self.interval_class[i]),
             seconds=_parts(self.seconds, i, 1.0),
             memory_gb=_parts(self.memory, i, GB),
@@ -205,13 +219,13 @@ def estimate_table(
 
 
 def _estimates(
-    systems: Systems, offers: Sequence[tuple[float, str]], which: Any, calibration: Calibration
+    systems: Systems, offers: Sequence[Offer], which: Any, calibration: Calibration
 ) -> Estimates:
     spent, held = seconds(systems, calibration.constants), memory(systems)
     speed = systems.tokens * systems.grad_accum / spent.step
     names = interval_classes(systems)
     spread = np.exp(Z_80 * log_sd_of(names, calibration.log_sd))
-    usd_per_hour = np.array([usd for usd, _ in offers])[which]
+    usd_per_hour = np.array([offer.usd_per_hour for offer in offers])[which]
     fits = np.where(held.needed <= systems.memory_bytes, 1.0, 0.0)
     unknown = np.isnan(systems.memory_bytes) | np.isnan(held.needed)
     return Estimates(
@@ -222,7 +236,8 @@ def _estimates(
         peak_mem_gb=np.where(systems.on_cpu > 0, held.needed, held.peak) / GB,
         fits=np.where(unknown, np.nan, fits),
         usd_per_btok=usd_per_hour * 1e9 / (3600 * speed * systems.n_gpus),
-        instance=np.array([instance for _, instance in offers])[which],
+        instance=np.array([offer.instance for offer in offers])[which],
+        price_as_of=np.array([offer.as_of for offer in offers])[which],
         interval_class=np.array(CLASSES)[names],
         systems=systems,
         seconds=spent,
@@ -233,21 +248,22 @@ def _estimates(
 # --- dollars ------------------------------------------------------------------------------------
 
 
-def offer(system: SystemSpec) -> tuple[float, str]:
-    """USD per hour of everything billed and the instance; NaN where that cloud has none.
+def offer(system: SystemSpec) -> Offer:
+    """The price of a system.
 
     Raises:
-        InputError: unknown cloud.
+        InputError: unknown cloud, or a wrong file of prices.
     """
     try:
-        return catalog.usd_per_hour(system), catalog.price(system).instance
-    except InputError as error:
+        found = prices.price(system)
+    except prices.NoOfferError as error:
         if str(error).startswith("unknown"):
             raise
-        return float("nan"), ""
+        return Offer(float("nan"), "", "")
+    return Offer(prices.usd_per_hour(system), found.instance, found.as_of)
 
 
-def _offers(table: Mapping[str, Cells], n: int) -> tuple[list[tuple[float, str]], Any]:
+def _offers(table: Mapping[str, Cells], n: int) -> tuple[list[Offer], Any]:
     """Offers of the distinct places of a table's rows, and which of them each row has."""
     columns = [table[name] if name in table else [""] * n for name in PLACE]
     places, which = distinct(list(zip(*columns, strict=True)))

@@ -45,9 +45,6 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "sgd")
 """Muon holds AdamW for embeddings and head; sgd has momentum."""
 FP8_CAPABILITY = 8.9
 """First CUDA compute capability with fp8 tensor cores (Ada; CUDA programming guide, table 25)."""
-FP32_OF_BF16 = {"datacenter": 1 / 16, "card": 1 / 2}
-"""Rate of fp32 products without TF32 over bf16's, where the catalog has none: A100 19.5 of 312; RTX
-4090 82.6 of 165.2."""
 MASTERS = ("fp32", "bf16", "unknown")
 KERNELS = ("math", "fa1", "fa2", "fa3")
 
@@ -135,7 +132,7 @@ class Systems:
     half_rate: Floats
     """1 where fp32 accumulation, which the peak is of, runs at half the tensor cores' rate."""
     memory_bytes: Floats
-    """Nominal memory."""
+    """What the driver reports, else the nominal memory."""
     memory_bytes_per_s: Floats
     link_bytes_per_s: Floats
     """Between GPUs of one node, one direction: NVLink, else PCI Express."""
@@ -405,8 +402,6 @@ def _hardware(columns: _Columns, machine: Machine | None) -> dict[str, Any]:
         return np.asarray(known)[which]
 
     capability, peak = of(lambda entry: entry.compute_capability), of(lambda e: e.bf16_tflops)
-    slower = np.isin(capability, (8.0, 9.0, 10.0))
-    ratio = np.where(slower, FP32_OF_BF16["datacenter"], FP32_OF_BF16["card"])
     nvlink = of(lambda entry: entry.nvlink_gb_per_s or 0.0)
     pcie = of(lambda entry: pcie_gb_per_s(entry.pcie))
     network = of(lambda entry: entry.node_network_gbit_per_s)
@@ -414,9 +409,9 @@ def _hardware(columns: _Columns, machine: Machine | None) -> dict[str, Any]:
     catalogued = {
         "gpus_per_node": of(lambda entry: entry.gpus_per_node or UNKNOWN["largest_node"]),
         "peak_bf16_tflops": peak,
-        "peak_fp32_tflops": peak * ratio,
+        "peak_fp32_tflops": of(lambda entry: entry.fp32_tflops),
         "memory_gb_per_s": of(lambda entry: entry.memory_gb_per_s),
-        "memory_gb": of(lambda entry: entry.memory_gib) * GIB / 1e9,
+        "memory_gb": of(lambda entry: entry.usable_memory_gib) * GIB / 1e9,
     }
     on_cpu = of(lambda entry: entry.id == "cpu")
     if machine:

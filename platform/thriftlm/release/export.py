@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from thriftlm import __version__, catalog
+from thriftlm import __version__, prices
 from thriftlm.release.checkpoints import TrainedModel
 from thriftlm.spec import BUILT_IN_CORPORA, InputError, RunSpec
 from thriftlm.training.checkpoint import RunState
@@ -150,11 +150,11 @@ def training_cost(state: RunState) -> str:
     if not rates:
         return "not known: no speed was measured"
     system = state.run.system
-    price = catalog.price(system)
+    offer = prices.price(system)
     hours = state.curve[-1].tokens / (median(rates) * system.n_gpus) / 3600
-    unit = "A100-40GB hours" if price.normalised else "USD"
-    cost = hours * catalog.usd_per_hour(system)
+    unit = "A100-40GB hours" if offer.normalised else "USD"
+    cost = hours * prices.usd_per_hour(system)
     return (
         f"{cost:.4g} {unit} for {hours:.3g} hours of training steps at their measured speed and "
-        f"list prices ({price}); start-up, validation and idle time come on top"
+        f"list prices ({offer}); start-up, validation and idle time come on top"
     )

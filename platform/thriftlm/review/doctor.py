@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.markup import escape
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.planning.machine import Machine, remember
 from thriftlm.review.tables import plain_console
 from thriftlm.search.provenance import versions
@@ -48,7 +48,7 @@ def examine(storage: Storage) -> dict[str, Any]:
         "memory_gb_per_s_measured": speed.memory_gb_per_s,
         "storage": str(storage.root),
         "storage_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
-        "price_age_days": catalog.age_days(datetime.now(UTC).date()),
+        "price_age_days": prices.age_days(datetime.now(UTC).date()),
     }
 
 
@@ -62,10 +62,10 @@ def show_examination(found: dict[str, Any]) -> None:
 def findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What `examine` found, line by line."""
     packages = dict(found["versions"])
-    commit, prices = packages.pop("git_commit"), packages.pop("price_snapshot")
+    commit, snapshot = packages.pop("git_commit"), packages.pop("price_snapshot")
     yield "packages", ", ".join(f"{name} {version}" for name, version in packages.items())
     yield "git commit", commit or "none: not a checkout"
-    yield "prices", f"{prices}, {found['price_age_days']} days old"
+    yield "prices", f"{snapshot}, {found['price_age_days']} days old"
     yield "machine", found["machine"]
     yield "host", f"{found['cpus']} CPUs, {found['memory_gb']:g} GB of memory"
     yield "CUDA", ", ".join(found["cuda_devices"]) or "no device"

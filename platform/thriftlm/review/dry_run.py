@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from thriftlm.catalog import usd_per_hour
 from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimate, estimate_runs
+from thriftlm.prices import usd_per_hour
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
 from thriftlm.search.space import Space

@@ -176,7 +176,8 @@ def show_estimates(rows: list[Row], *, best: bool, explain: bool) -> None:
     console.print(f"[dim]estimated, 80% intervals; {out} of {len(rows)} are out[/]")
     if any(row["interval_class"] == "optimistic_fp8" for row in rows):
         console.print("[yellow]fp8 is optimistic: twice the bf16 rate, nothing for casts[/]")
-    if warning := stale_prices(datetime.now(UTC).date()):
+    dates = [row["price_as_of"] for row in listed]
+    if warning := stale_prices(dates, datetime.now(UTC).date()):
         console.print(f"[yellow]{warning}[/]")
     for row in listed[: 1 if best else None] if explain else ():
         console.print()

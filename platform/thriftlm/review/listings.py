@@ -1,14 +1,15 @@
 """What there is: published shapes, hardware and prices, shipped spaces, token shards."""
 
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from thriftlm import catalog
+from thriftlm import catalog, prices
 from thriftlm.config_file import space_files
+from thriftlm.price_refresh import refresh
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.review.wording import limits, optional, stale_prices, usd
+from thriftlm.review.wording import STALE_PRICE_DAYS, limits, optional, usd
 from thriftlm.search.space import load_space
 from thriftlm.spec import DataSpec
 from thriftlm.training.shards import build
@@ -17,6 +18,7 @@ from thriftlm_models.counts import FLOP_FORMULA, applied_params, flops_per_token
 from thriftlm_models.presets import presets
 
 LISTED_SEQ_LEN = 2048
+LISTED_REFUSALS = 10
 
 
 def model_rows() -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def show_models(rows: list[dict[str, Any]]) -> None:
 
 def gpu_rows() -> list[dict[str, Any]]:
     """Every GPU of the catalog with its prices."""
-    offers = catalog.prices()
+    offers = prices.offers()
     return [
         gpu.model_dump() | {"prices": [p.model_dump() for p in offers if p.gpu == name]}
         for name, gpu in catalog.gpus().items()
@@ -75,34 +77,85 @@ def show_gpus(rows: list[dict[str, Any]]) -> None:
     """Print the hardware, with the cheapest on-demand USD per GPU-hour of each cloud."""
     offers = {row["id"]: cheapest(row["prices"]) for row in rows}
     clouds = sorted({cloud for lowest in offers.values() for cloud in lowest})
-    names = ("bf16 TFLOP/s", "GiB", "GB/s")
-    columns = [Column("gpu"), *(Column(name, is_number=True, dispensable=1) for name in names)]
-    columns += [Column(cloud, is_number=True) for cloud in clouds]
+    today = datetime.now(UTC).date()
+    columns = [
+        Column("gpu"),
+        Column("bf16 TFLOP/s", is_number=True, dispensable=2),
+        Column("fp32", is_number=True, dispensable=3),
+        Column("GiB", is_number=True, dispensable=1),
+        Column("GB/s", is_number=True, dispensable=2),
+        *(Column(cloud, is_number=True) for cloud in clouds),
+    ]
     cells = [
         [
             row["id"],
-            *(optional(row[key], "g") for key in ("bf16_tflops", "memory_gib", "memory_gb_per_s")),
-            *(usd(offers[row["id"]][c]) if c in offers[row["id"]] else "-" for c in clouds),
+            *(optional(row[key], "g") for key in ("bf16_tflops", "fp32_tflops")),
+            optional(row["usable_memory_gib"], ".3g"),
+            optional(row["memory_gb_per_s"], "g"),
+            *(_dated(offers[row["id"]].get(cloud), today) for cloud in clouds),
         ]
         for row in rows
     ]
     console = plain_console()
     console.print(fitted(columns, cells, console.width))
-    today = datetime.now(UTC).date()
-    console.print("[dim]cheapest on-demand price per GPU-hour in each cloud; cpu per vCPU-hour[/]")
-    console.print(f"[dim]prices {catalog.snapshot_id()}, {catalog.age_days(today)} days old[/]")
-    if warning := stale_prices(today):
-        console.print(f"[yellow]{warning}[/]")
+    console.print(
+        "[dim]cheapest on-demand price per GPU-hour in each cloud; cpu per vCPU-hour\n"
+        f"  * read over {STALE_PRICE_DAYS} days ago; --refresh reads today's\n"
+        "dense peaks in TFLOP/s, fp32 without TF32; GiB as the driver reports them where known\n"
+        f"prices {prices.snapshot_id()}, newest {prices.age_days(today)} days old[/]"
+    )
 
 
-def cheapest(offers: list[dict[str, Any]]) -> dict[str, float]:
-    """The lowest on-demand USD per GPU-hour, by cloud."""
-    lowest: dict[str, float] = {}
+def _dated(offer: dict[str, Any] | None, today: date) -> str:
+    if offer is None:
+        return "-"
+    stale = prices.days_since(offer["as_of"], today) > STALE_PRICE_DAYS
+    return usd(offer["usd_per_gpu_hour"]) + ("*" if stale else " ")
+
+
+def cheapest(offers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The on-demand offer with the lowest USD per GPU-hour, by cloud."""
+    lowest: dict[str, dict[str, Any]] = {}
     for offer in offers:
         if offer["market"] == "on_demand" and not offer["normalised"]:
-            cloud, price = offer["cloud"], offer["usd_per_gpu_hour"]
-            lowest[cloud] = min(price, lowest.get(cloud, price))
+            known = lowest.setdefault(offer["cloud"], offer)
+            if offer["usd_per_gpu_hour"] < known["usd_per_gpu_hour"]:
+                lowest[offer["cloud"]] = offer
     return lowest
+
+
+def refreshed(out: Path) -> dict[str, Any]:
+    """Write today's list prices to a file; what came and what was refused."""
+    found = refresh(out)
+    return {
+        "file": str(out.resolve()),
+        "rows": len(found.table.rows),
+        "gpus": len({price.gpu for price in found.table.prices}),
+        "clouds": sorted({price.cloud for price in found.table.prices}),
+        "clouds_without_answer": found.silent,
+        "refused": found.table.refused,
+        "not_in_catalog": found.left_out,
+    }
+
+
+def show_refreshed(found: dict[str, Any]) -> None:
+    """Print what a refresh brought, and how it takes effect."""
+    console = plain_console()
+    refused = found["refused"]
+    for reason in refused[:LISTED_REFUSALS]:
+        console.print(f"refused: {reason}", markup=False)
+    if len(refused) > LISTED_REFUSALS:
+        console.print(f"... and {len(refused) - LISTED_REFUSALS} more: --json lists them all")
+    if missing := found["clouds_without_answer"]:
+        console.print(f"[yellow]nothing from {', '.join(missing)}: their shipped prices stay[/]")
+    if others := found["not_in_catalog"]:
+        console.print(f"[dim]not in the catalog: {', '.join(others)}[/]")
+    console.print(
+        f"{found['rows']:,} rows of {found['gpus']} GPUs in {', '.join(found['clouds'])}; "
+        f"{len(refused):,} refused\nuse them: export {prices.VARIABLE}={found['file']}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def space_rows() -> list[dict[str, Any]]:

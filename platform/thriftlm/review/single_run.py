@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.review.tables import plain_console
 from thriftlm.review.wording import optional, usd
 from thriftlm.search.storage import writable
@@ -28,7 +28,7 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
     ones did.
 
     Raises:
-        InputError: `output` cannot be written; and what `train` raises.
+        InputError: `output` cannot be written, or the system has no price; and what `train` raises.
     """
     begin = time.perf_counter()
     first = os.environ.get("RANK", "0") == "0"
@@ -36,6 +36,7 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
     console.quiet = not first
     if first:
         writable(output)
+    usd_per_hour = prices.usd_per_hour(spec.system) if first else 0.0  # refused before it trains
     resume_from = checkpoint.latest(output)
     if resume_from is not None:
         console.print(f"going on from {resume_from}", soft_wrap=True, markup=False)
@@ -49,7 +50,7 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
             report(measured.final, None)
     if not first:
         return None
-    cost = catalog.usd_per_hour(spec.system) * (time.perf_counter() - begin) / 3600
+    cost = usd_per_hour * (time.perf_counter() - begin) / 3600
     found = summary(measured, cost)
     if not quiet:
         for name, value in outcome(measured, cost):

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from thriftlm.catalog import NORMALISED
 from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimates, estimate_table
 from thriftlm.planning.systems import model_columns, system_columns
+from thriftlm.price_tables import NORMALISED
 from thriftlm.review.estimates import (
     COLUMNS,
     RANKED_SHOWN,
@@ -161,9 +161,11 @@ def show_space_estimates(estimated: SpaceEstimates, rows: Sequence[Row]) -> None
     out = sum(row["fits"] is False for row in rows)
     drawn = ", of points drawn at random" if estimated.sampled else ""
     console.print(f"[dim]estimated, 80% intervals; {out:,} of {len(rows):,} are out{drawn}[/]")
-    if NORMALISED in estimated.table["cloud"]:
+    is_normalised = NORMALISED in estimated.table["cloud"]
+    if is_normalised:
         console.print(f"[dim]$ of {NORMALISED}: A100-40GB hours, not dollars[/]")
-    if warning := stale_prices(datetime.now(UTC).date()):
+    dates = [] if is_normalised else [row["price_as_of"] for row in rows]
+    if warning := stale_prices(dates, datetime.now(UTC).date()):
         console.print(f"[yellow]{warning}[/]")
 
 

@@ -1,11 +1,11 @@
 """Trials, dollars and counts in a few characters: the same words in table, report and picture."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from typing import Any
 
-from thriftlm import catalog
+from thriftlm import prices
 
 SYSTEM_LAST = ("system.strategy", "system.n_gpus")
 """Varied fields that `describe` says at its end, as they were after normalisation."""
@@ -99,8 +99,12 @@ def optional(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def stale_prices(today: date) -> str:
-    """A warning where the catalog's prices are old enough to have moved, else nothing."""
-    if catalog.age_days(today) <= STALE_PRICE_DAYS:
+def stale_prices(as_of: Iterable[str | None], today: date) -> str:
+    """A warning where prices with these dates are old enough to have moved, else nothing."""
+    oldest = min((day for day in as_of if day), default="")
+    if not oldest or prices.days_since(oldest, today) <= STALE_PRICE_DAYS:
         return ""
-    return f"warning: prices are over {STALE_PRICE_DAYS} days old"
+    return (
+        f"warning: prices from {oldest} on, over {STALE_PRICE_DAYS} days old; "
+        "`thriftlm gpus --refresh` reads today's"
+    )

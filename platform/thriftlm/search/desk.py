@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from thriftlm import catalog
+from thriftlm import prices
 from thriftlm.search import algorithms
 from thriftlm.search.asha import rung_reached, survives
 from thriftlm.search.budget import Budget, late_seconds
@@ -93,7 +93,7 @@ class Desk:
         trial = next(fitting, None) or self._suggest()
         if isinstance(trial, Finished):
             return trial
-        usd_per_hour = catalog.usd_per_hour(trial.run.system)
+        usd_per_hour = prices.usd_per_hour(trial.run.system)
         refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=usd_per_hour)
         if refusal and not self.state.running:
             return Finished(f"{refusal} leaves no room for another trial")
@@ -104,7 +104,7 @@ class Desk:
                 at=self.clock(),
                 trial_id=trial.trial_id,
                 usd_per_hour=usd_per_hour,
-                price=str(catalog.price(trial.run.system)),
+                price=str(prices.price(trial.run.system)),
             )
         )
         return trial

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import thriftlm
-from thriftlm import catalog
+from thriftlm import prices
 
 PACKAGES = ("torch", "ray", "deepspeed", "mlflow", "optuna")
 
@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
         "python": sys.version.split()[0],
         **{name: version(name) for name in PACKAGES},
         "git_commit": git_commit(),
-        "price_snapshot": catalog.snapshot_id(),
+        "price_snapshot": prices.snapshot_id(),
     }
 
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from pydantic import ValidationError
 
-from thriftlm.catalog import attention_target, price
+from thriftlm.catalog import attention_target
 from thriftlm.config_file import ConfigFile, KeyPath, did_you_mean, space_files
 from thriftlm.planning.estimate import memory_fractions
 from thriftlm.planning.machine import Machine
+from thriftlm.prices import NoOfferError, price
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
 from thriftlm.search.settings import Constraints, SpaceFile
@@ -181,7 +182,7 @@ class Space:
     def _unpriced(self, system: SystemSpec) -> Rejected | None:
         try:
             price(system)
-        except InputError as error:
+        except NoOfferError as error:
             return Rejected(str(error).split(";", maxsplit=1)[0], str(error))
         return None
 

@@ -27,10 +27,10 @@ def run_of(strategy: str, n_ranks: int) -> RunSpec:
     return RunSpec.model_validate(
         {
             "model": MODEL,
-            "optim": {"batch_tokens": 64 * n_ranks},
+            "optim": {"batch_tokens": 2 * 64 * n_ranks},
             "data": {"seq_len": 32, "tokenizer": "bpe:2048"},
             "system": system,
-            "tokens": 256 * n_ranks,
+            "tokens": 512 * n_ranks,
         }
     )
 
@@ -42,17 +42,33 @@ def held(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
+def gradients(strategy: str, optimizer: Any, parameters: list[Any]) -> list[Tensor]:
+    """DeepSpeed keeps those of stages 2 and 3 in partitions of its own.
+
+    In stage 2 one that straddles two ranks is a view of a whole matrix: copied, it holds its part.
+    """
+    if strategy == "zero3":
+        return [optimizer.grad_partitions_flat_buffer]
+    if strategy == "zero2":
+        return [part.clone() for group in optimizer.averaged_gradients.values() for part in group]
+    return [p.grad for p in parameters]
+
+
 def one(strategy: str) -> dict[str, int]:
     engine: Any = build_engine(run_of(strategy, WORLD), Ranks(RANK, WORLD, torch.device("cpu")))
-    engine.accumulate(torch.randint(0, MODEL["vocab"], (2, 33)), last=True)
+    batch = torch.randint(0, MODEL["vocab"], (2, 33))
+    engine.accumulate(batch, last=False)
     zero = strategy.startswith("zero")
     parameters = list((engine.engine if zero else engine.module).parameters())
     shards = [p.ds_tensor for p in parameters] if strategy == "zero3" else parameters
-    found = {"weights": held(shards)}
-    if not zero:  # DeepSpeed keeps gradients in buckets of its own
-        found["gradients"] = held(p.grad for p in parameters)
-    engine.step(1e-3)
     outer = engine.optimizer
+    found = {"weights": held(shards)}
+    if strategy != "zero2":  # whose partition is complete after the last micro-batch
+        found["gradients"] = held(gradients(strategy, outer, parameters))
+    engine.accumulate(batch, last=True)
+    if strategy == "zero2":
+        found["gradients"] = held(gradients(strategy, outer, parameters))
+    engine.step(1e-3)
     state = getattr(outer, "optimizer", outer).state.values()
     moments = (v for s in state for v in s.values() if isinstance(v, Tensor) and v.numel() > 1)
     found["optimizer"] = held(moments)

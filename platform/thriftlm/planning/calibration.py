@@ -362,15 +362,18 @@ def report(table: Mapping[str, Cells]) -> dict[str, Sequence[Accuracy]]:
     rows, ours = published(table), own(table)
     found: dict[str, Sequence[Accuracy]] = {}
     if rows["gpu"]:
-        errors = {"in sample": in_sample(rows), "source left out": leave_one_out(rows, "source")}
+        errors, several = {"in sample": in_sample(rows)}, len(set(rows["source"])) > 1
+        if several:
+            errors["source left out"] = leave_one_out(rows, "source")
         for kind, error in errors.items():
             for column in ("source", "gpu", "strategy"):
                 found[f"{kind} by {column}"] = accuracy_by(error, rows[column])
         systems = from_table(rows)
         flat = np.log(flat_utilisation(systems) / measured_tokens_per_s(rows, systems))
-        architectures = leave_one_out(rows, "source", utilisation_per_architecture)
         found["6ND/(peak x 0.5)"] = [accuracy(flat)]
-        found["utilisation per architecture, source left out"] = [accuracy(architectures)]
+        if several:
+            rival = leave_one_out(rows, "source", utilisation_per_architecture)
+            found["utilisation per architecture, source left out"] = [accuracy(rival)]
     if ours["gpu"]:
         error = leave_one_out(ours, "model")
         for column in ("model", "strategy"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from thriftlm.review import planning_commands
+from thriftlm.review import plan_command, planning_commands
 
 app = typer.Typer(
     name="thriftlm",
@@ -274,6 +274,7 @@ def export(
 
 app.command()(planning_commands.estimate)
 app.command()(planning_commands.calibrate)
+app.command()(plan_command.plan)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.special import huber
 
-from thriftlm.planning.scaling_laws import Floats, LossLaw
+from thriftlm.planning.scaling_laws import PREDICTION_LAW, Floats, LossLaw, law_named
 
 HUBER_DELTA = 1.345
 """In residual scales: 95% efficient on normal residuals."""
@@ -29,7 +29,8 @@ WARM_UP_WEIGHT = 1e-3
 """Of a point in warm-up, which no law describes; in the tail of Huber loss its root counts."""
 MAX_CURVE_WEIGHT = 16.0
 """Sum of one curve's weights: reports close in time repeat each other."""
-PRIOR_MEAN = np.array([*np.log([1 / 3, 1 / 3, 1 / 3, 0.3478, 0.3658]), 0.03])
+PRIOR_LAW = law_named(PREDICTION_LAW).law
+PRIOR_MEAN = np.array([*np.log([1 / 3, 1 / 3, 1 / 3, PRIOR_LAW.alpha, PRIOR_LAW.beta]), 0.03])
 PRIOR_SD = np.array([1.5, 1.5, 1.5, 0.4, 0.4, 0.03])
 """Of the logs of the law's terms as shares of the loss at the middle of the data; of log alpha and
 log beta (Besiroglu et al.; one real table has a beta of 0.73); of the log offset of undecayed

@@ -90,6 +90,7 @@ def estimate(
     ] = False,
 ) -> None:
     """Estimate memory, tokens per second and dollars before anything is rented."""
+    from thriftlm.planning.grid import Grid
     from thriftlm.review import estimates
     from thriftlm.spec import InputError
 
@@ -102,7 +103,7 @@ def estimate(
     if model is None or not gpu:
         raise InputError("estimate needs a MODEL and at least one --gpu; see `thriftlm gpus`")
     place = {"gpus_per_node": gpus_per_node, "cloud": cloud, "market": market, "billing": billing}
-    grid = estimates.Grid(
+    grid = Grid(
         gpus=gpu,
         n_gpus=n_gpus,
         strategies=strategy,

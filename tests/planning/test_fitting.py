@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from thriftlm.planning.fitting import Points, UnidentifiedError, fit_points
+from thriftlm.planning.measured import measured_overhead
 from thriftlm.planning.recorded_points import read_points
 from thriftlm.planning.scaling_laws import LossLaw, law_named
 from thriftlm.records import write_rows
@@ -208,3 +209,21 @@ def test_tables_without_points_are_refused(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_points([path])
+
+
+# --- measured overhead --------------------------------------------------------------------------
+
+
+def test_measured_overhead_lies_on_the_predicted_curve():
+    points = grid(HARM, np.geomspace(3e7, 3e9, 9), np.geomspace(3e8, 1e12, 60))
+    found = measured_overhead(points, HARM)
+    assert len({point.loss for point in found}) == 4
+    assert min(point.k_n for point in found) < 0.5
+    for point in found:
+        assert point.overhead == pytest.approx(HARM.overhead(point.k_n), rel=0.02, abs=0.02)
+        assert HARM.loss(point.n_params, point.n_tokens) == pytest.approx(point.loss, rel=1e-3)
+
+
+def test_sizes_that_share_no_loss_are_not_compared():
+    points = grid(HARM, [1e7, 1e9, 1e11], [1e11, 2e11])
+    assert measured_overhead(points, HARM) == []

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
+from thriftlm.planning.scaling_laws import law_named
+from thriftlm.records import write_rows
 from thriftlm.review.plan_command import quantity
 
 ALWAYS = [0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1]
@@ -195,3 +198,61 @@ def test_a_plan_answers_at_once_and_loads_nothing_heavy():
     seconds, heavy = done.stderr.split(maxsplit=1)
     assert heavy.strip() == "[]"
     assert float(seconds) < 1
+
+
+# --- fitted -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    law = law_named("epoch").law
+    n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e9, 8), np.geomspace(1e8, 1e11, 8)))
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(len(n)))
+    loss = law.loss(n, d) * noise
+    rows = [
+        {"run_id": str(i), "non_embedding_params": n[i], "tokens": d[i], "loss": loss[i]}
+        for i in range(len(n))
+    ]
+    write_rows(rows, tmp_path / "runs.parquet")
+    write_rows(rows[:3], tmp_path / "three.csv")
+    return "runs.parquet"
+
+
+def test_a_plan_goes_on_with_the_fitted_law(thriftlm, runs):
+    found = planned(thriftlm, "--usd", "500", "--gpu", "H100", "--fit", runs)
+    assert found["law"] == "runs"
+    assert found["law_detail"]["N"] == "non_embedding"
+    assert found["run"]["n_params"] == found["run"]["non_embedding_params"]
+    fit = found["fit"]
+    assert fit["loss"]["low"] < found["loss"] < fit["loss"]["high"]
+    assert fit["n_params"]["low"] < found["n_params"] < fit["n_params"]["high"]
+    assert fit["extrapolation"]["flops"] == 1.0
+    assert fit["runs"] == 64
+    assert found["k_min"] == pytest.approx(0.1464, abs=0.03)  # the truth's
+
+
+def test_without_a_budget_the_plan_is_for_what_the_runs_took(thriftlm, runs, tmp_path):
+    found = planned(thriftlm, "--fit", runs, "--out", "fit.png")
+    assert found["compute_flops"] == pytest.approx(6e20)
+    assert {round(point["loss"], 6) for point in found["fit"]["measured_overhead"]}
+    assert (tmp_path / "fit.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = thriftlm("plan", "--fit", runs, "--flops", "1e19")
+    assert code == 0
+    assert "within the runs" in out
+    code, out, _ = thriftlm("plan", "--fit", runs, "--flops", "6e21", "--form", "skaling")
+    assert "beyond the runs: flops 10x" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit", "three.csv"], "needs at least 6 points, the runs have 3"),
+        (["--fit", "nowhere.parquet"], "cannot be read as recorded runs"),
+        (["--fit", "runs.parquet", "--law", "epoch"], "give one of them"),
+    ],
+)
+def test_runs_that_tell_nothing_are_refused_in_one_line(arguments, message, thriftlm, runs):
+    code, out, err = thriftlm("plan", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1

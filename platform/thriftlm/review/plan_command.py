@@ -85,6 +85,24 @@ def plan(
             help="harm (default), blog, hoffmann, hoffmann_tex, epoch, or a file of your own.",
         ),
     ] = None,
+    fit: Annotated[
+        list[Path],
+        typer.Option(
+            "--fit",
+            metavar="RUNS",
+            help="Fit the law to recorded runs (Parquet or CSV: thriftlm report SEARCH --runs). "
+            "Without a budget the plan is for the largest compute in them. May be given several "
+            "times.",
+        ),
+    ] = [],  # noqa: B006
+    form: Annotated[
+        Literal["chinchilla", "skaling"],
+        typer.Option(help="Form of the fitted law: additive, or with an outer exponent."),
+    ] = "chinchilla",
+    points: Annotated[
+        Literal["auto", "last", "all"],
+        typer.Option(help="Reports that are fitted: each run's last, all after warm-up, or auto."),
+    ] = "auto",
     seq_len: Annotated[int, typer.Option(metavar="T", min=1, help="Tokens per sequence.")] = 2048,
     corpus: Annotated[
         str, typer.Option(metavar="CORPUS", help="Corpus of the run file.")
@@ -105,15 +123,16 @@ def plan(
     ] = False,
 ) -> None:
     """Plan a training run: how small, how long, on which GPUs, for how many dollars."""
-    from thriftlm.planning.plan import Budget, Request, make_plan
+    from thriftlm.planning.plan import Request, make_plan
     from thriftlm.planning.rental import Rental
-    from thriftlm.planning.scaling_laws import PLANNING_LAW, law_named
     from thriftlm.review import plans
 
     place = {"cloud": cloud, "market": market, "billing": billing}
+    given = {"flops": flops, "usd": usd, "hours": hours, "loss": loss, "params": params}
+    basis = plans.basis(law, fit, form, points)
     request = Request(
-        budget=Budget(flops=flops, usd=usd, hours=hours, loss=loss, params=params),
-        law=law_named(law or PLANNING_LAW),
+        budget=basis.budget(given),
+        law=basis.law,
         rental=Rental(
             gpus=tuple(gpu),
             n_gpus=tuple(n_gpus),
@@ -126,13 +145,13 @@ def plan(
         data=plans.data_named(corpus, tokenizer, seq_len),
     )
     made = make_plan(request)
-    found = plans.as_json(made, bits)
+    found = plans.as_json(made, bits, basis.fit)
     if run is not None:
         plans.write_run(made, run)
     if out is not None:
         from thriftlm.review.plan_pictures import plan_picture
 
-        plan_picture(made, out)
+        plan_picture(made, out, basis.fit)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

@@ -6,12 +6,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from thriftlm.planning.fitting import Fit
+from thriftlm.planning.measured import measured_overhead
 from thriftlm.planning.plan import Plan
 from thriftlm.planning.scaling_laws import CRITICAL_OVERHEAD, BelowFloorError
-from thriftlm.review.pictures import DOMINATED, FRONT, WINNER, canvas, log_x, save, write_legend
+from thriftlm.review.pictures import (
+    DOMINATED,
+    FRONT,
+    GROUP_MARKS,
+    PALETTE,
+    WINNER,
+    canvas,
+    log_x,
+    save,
+    write_legend,
+)
 from thriftlm.review.wording import counted, usd
 
-LARGEST_K, TOP_OVERHEAD = 2.5, 2.2
+LARGEST_K, TOP_OVERHEAD = 5.0, 2.2
 """Ends of the axes."""
 SHADE = "#F2E3D5"
 NOTE = (
@@ -20,13 +32,18 @@ NOTE = (
 )
 
 
-def plan_picture(plan: Plan, path: Path) -> None:
-    """A PNG of compute overhead against model size, the diminishing returns shaded."""
+def plan_picture(plan: Plan, path: Path, fit: Fit | None = None) -> None:
+    """A PNG of compute overhead against model size, the diminishing returns shaded.
+
+    With a fit, what its runs measured lies over what its law predicts.
+    """
     best, law = plan.best, plan.request.law
     figure, axes = canvas(
         f"A loss of {plan.loss:.4g}: smaller models and what they cost (law {law.name})", NOTE
     )
     draw_overhead(axes, plan)
+    if fit is not None:
+        draw_measured(axes, fit)
     mark(axes, plan)
     axes.set_xlabel("model size over the compute-optimal one, k_N (log scale)", fontsize=12)
     axes.set_ylabel("compute over the optimum's, minus 1", fontsize=12)
@@ -70,6 +87,26 @@ def draw_overhead(axes: Axes, plan: Plan) -> None:
         textcoords="offset points",
         fontsize=11,
     )
+
+
+def draw_measured(axes: Axes, fit: Fit) -> None:
+    """The interval of the predicted curve, and the measured sizes by the loss they reached."""
+    shares = np.geomspace(fit.law.k_min * 1.001, LARGEST_K, 100)
+    band = [(k, *found[1:]) for k in shares if (found := fit.overhead(float(k))) is not None]
+    k, low, high = np.minimum(np.array(band), 1e3).T
+    axes.fill_between(k, low, high, color=FRONT, alpha=0.15, linewidth=0, label="90% interval")
+    measured = measured_overhead(fit.points, fit.law)
+    for i, loss in enumerate(sorted({point.loss for point in measured})):
+        own = [point for point in measured if point.loss == loss]
+        axes.scatter(
+            [point.k_n for point in own],
+            [point.overhead for point in own],
+            marker=GROUP_MARKS[i % len(GROUP_MARKS)],
+            color=PALETTE[(i + 1) % len(PALETTE)],
+            s=64,
+            zorder=5,
+            label=f"measured at {loss:.3g}",
+        )
 
 
 def mark(axes: Axes, plan: Plan) -> None:

@@ -1,8 +1,10 @@
 """A plan on paper: what it says in JSON, in the terminal, and as a run file."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -10,18 +12,58 @@ from rich.console import Console
 from thriftlm.config_file import ConfigFile
 from thriftlm.planning import hyperparameters
 from thriftlm.planning.frontier import CURVE, CurvePoint
-from thriftlm.planning.plan import Plan, PlannedRun, served_cost
-from thriftlm.planning.scaling_laws import effective_params, effective_tokens
+from thriftlm.planning.plan import Budget, Plan, PlannedRun, served_cost
+from thriftlm.planning.scaling_laws import (
+    PLANNING_LAW,
+    NamedLaw,
+    effective_params,
+    effective_tokens,
+    law_named,
+)
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import counted, optional, stale_prices, usd
 from thriftlm.spec import DataSpec, InputError
+
+if TYPE_CHECKING:
+    from thriftlm.planning.fitting import Fit
 
 BAR_CHARACTERS, BAR_OVERHEAD = 24, 2.0
 """Length of a bar, and the overhead that fills it."""
 Json = dict[str, Any]
 
 
-def as_json(plan: Plan, bits: float | None = None) -> Json:
+@dataclass(frozen=True)
+class Basis:
+    """The law of a plan, and the fit that it came from."""
+
+    law: NamedLaw
+    fit: "Fit | None" = None
+
+    def budget(self, given: dict[str, float | None]) -> Budget:
+        """The one that is given; with a fit and none given, the most compute of its runs."""
+        if self.fit is not None and all(value is None for value in given.values()):
+            return Budget(flops=float(self.fit.points.flops.max()))
+        return Budget(**given)
+
+
+def basis(law: str | None, paths: Sequence[Path], form: Any, points: Any) -> Basis:
+    """The named law, or the one fitted to recorded runs.
+
+    Raises:
+        InputError: unknown law; a law and runs; runs that cannot be read or do not tell a law.
+    """
+    if not paths:
+        return Basis(law_named(law or PLANNING_LAW))
+    if law is not None:
+        raise InputError(f"--fit makes the law, and --law {law} names another; give one of them")
+    from thriftlm.planning.fitting import fit_points
+    from thriftlm.planning.recorded_points import read_points
+
+    fit = fit_points(read_points(paths, points), form)
+    return Basis(fit.named(" + ".join(path.stem for path in paths)), fit)
+
+
+def as_json(plan: Plan, bits: float | None = None, fit: "Fit | None" = None) -> Json:
     """The plan as `--json` prints it; its keys are the design's and more."""
     request, best, frontier = plan.request, plan.best, plan.frontier
     critical = frontier.critical_k(best)
@@ -42,6 +84,7 @@ def as_json(plan: Plan, bits: float | None = None) -> Json:
         "inference": _inference(plan),
         "unique": _unique(plan),
         "bits": _bits(plan, bits),
+        "fit": _fit(plan, fit),
         "run": _run(plan.run, plan) if plan.run else None,
         "why_no_run": plan.why_no_run,
     }
@@ -108,6 +151,16 @@ def _bits(plan: Plan, bits: float | None) -> Json | None:
     worth = effective_params(plan.best.n_params, weights=bits, activations=bits, kv=bits)
     loss = plan.frontier.loss(worth, plan.best.n_tokens)
     return {"bits": bits, "effective_params": worth, "loss": loss}
+
+
+def _fit(plan: Plan, fit: "Fit | None") -> Json | None:
+    if fit is None:
+        return None
+    from thriftlm.planning.fitting import described
+    from thriftlm.planning.measured import measured_overhead
+
+    measured = [point._asdict() for point in measured_overhead(fit.points, fit.law)]
+    return described(fit, plan.best) | {"measured_overhead": measured}
 
 
 def _run(run: PlannedRun, plan: Plan) -> Json:
@@ -233,6 +286,7 @@ def _lines(plan: Plan, found: Json) -> list[tuple[str, str]]:
     law, best = plan.request.law, plan.best
     lines = [
         ("law", f"{law.name}: {law.source}; N counts {COUNTED[law.counts]}"),
+        *_fit_lines(found["fit"]),
         (
             "optimum",
             f"{counted(best.n_params)} parameters, {counted(best.n_tokens)} tokens "
@@ -274,6 +328,27 @@ def _lines(plan: Plan, found: Json) -> list[tuple[str, str]]:
             )
         )
     return lines + (_run_lines(plan.run, found["run"]) if plan.run else [("run", plan.why_no_run)])
+
+
+def _fit_lines(fit: Json | None) -> list[tuple[str, str]]:
+    if fit is None:
+        return []
+    law, far = fit["coefficients"], fit["extrapolation"]
+    ends = {name: (fit[name]["low"], fit[name]["high"]) for name in ("loss", "n_params")}
+    beyond = [f"{name} {far[name]:.3g}x" for name in far if far[name] > 1.005]
+    return [
+        (
+            "fit",
+            ", ".join(f"{name} {value:.4g}" for name, value in law.items())
+            + f"; median error {fit['median_error']:.2%}",
+        ),
+        (
+            "open",
+            f"90% intervals at the optimum: loss {ends['loss'][0]:.4g} to {ends['loss'][1]:.4g}, "
+            f"parameters {counted(ends['n_params'][0])} to {counted(ends['n_params'][1])}; "
+            + (f"beyond the runs: {', '.join(beyond)}" if beyond else "within the runs"),
+        ),
+    ]
 
 
 COUNTED = {"all": "all parameters", "non_embedding": "parameters without embeddings"}

@@ -171,6 +171,13 @@ def test_serving_sizes_the_run_within_the_dollars():
     )
 
 
+def test_the_batch_is_that_of_the_tokens_that_are_trained():
+    request = Request(Budget(usd=5000), HARM, Rental(gpus=("H100",)), k_n=0.3)
+    spec = make_plan(request).run.spec
+    wanted = step_law(non_embedding_params(spec.model), spec.tokens).batch_tokens
+    assert 1 / 1.5 < spec.optim.batch_tokens / wanted < 1.5
+
+
 def test_without_a_gpu_the_law_still_answers():
     plan = make_plan(Request(Budget(flops=1e15), HARM))
     assert plan.run is None

@@ -1,8 +1,10 @@
 """`thriftlm plan`: from one budget to a run, with the curve, the picture and the run file."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +200,15 @@ def test_a_plan_answers_at_once_and_loads_nothing_heavy():
     seconds, heavy = done.stderr.split(maxsplit=1)
     assert heavy.strip() == "[]"
     assert float(seconds) < 1
+
+
+def test_the_plan_that_the_readme_shows_is_the_one_that_comes(thriftlm):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    ((command, shown),) = re.findall(r"\$ thriftlm (plan .*)\n((?:.*\n)+?)```", text)
+    code, out, _ = thriftlm(*command.split())
+    assert code == 0
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert lines[: len(shown.splitlines())] == shown.splitlines()
 
 
 # --- fitted -------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ from typing import NamedTuple
 WEIGHT_DECAY = 0.1
 """AdamW's, of the recipes below: the default of `OptimSpec`."""
 
+STEP_LAW_PARAMS, STEP_LAW_TOKENS = 1.1e9, 1e11
+"""Largest model and horizon of Step Law's released runs: beyond them it is extrapolated."""
+
 
 class Recipe(NamedTuple):
     """Peak learning rate and batch."""

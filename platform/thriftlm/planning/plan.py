@@ -242,7 +242,8 @@ def _within(request: Request, frontier: Frontier) -> Plan:
     ends = first in (0, len(shapes)) or math.isinf(look(first))
     if ends and abs(look(i)) > math.log(TOO_FAR):  # else a full node makes the next size dear
         raise InputError(_out_of_range(request, shapes, first, bought))
-    rented, tokens = bought(i)
+    rented = _rented(request.rental, shapes[i], bought(i)[1])  # at the batch of these tokens
+    tokens = _affordable(budget, rented)
     run = _planned(request, frontier, shapes[i], rented, tokens, up=False)
     best = frontier.optimum_at(frontier.loss(run.n_params, run.spec.tokens))
     return Plan(request, best, _scale(request, frontier, best), run)

@@ -180,6 +180,8 @@ def _run(run: PlannedRun, plan: Plan) -> Json:
         "batch_tokens": spec.optim.batch_tokens,
         "steps": spec.steps,
         "lr": spec.optim.lr,
+        "beyond_step_law": shape.non_embedding_params > hyperparameters.STEP_LAW_PARAMS
+        or spec.tokens > hyperparameters.STEP_LAW_TOKENS,
         "other_recipes": _recipes(run),
         "gpu": spec.system.gpu,
         "n_gpus": spec.system.n_gpus,
@@ -355,6 +357,7 @@ COUNTED = {"all": "all parameters", "non_embedding": "parameters without embeddi
 
 
 def _run_lines(run: PlannedRun, found: Json) -> list[tuple[str, str]]:
+    beyond = found["beyond_step_law"]
     model, system, estimate = run.spec.model, run.spec.system, run.rented.estimate
     within = (
         "" if found["usd_80"] is None else " (80%: {} to {})".format(*map(usd, found["usd_80"]))
@@ -370,8 +373,8 @@ def _run_lines(run: PlannedRun, found: Json) -> list[tuple[str, str]]:
         (
             "recipe",
             f"lr {run.spec.optim.lr:g}, batch {run.spec.optim.batch_tokens:,} tokens, "
-            f"{run.spec.steps:,} steps (Step Law; Power Lines would take lr "
-            f"{found['other_recipes']['power_lines']['lr']:.3g})",
+            f"{run.spec.steps:,} steps (Step Law{', beyond its runs' if beyond else ''}; Power "
+            f"Lines would take lr {found['other_recipes']['power_lines']['lr']:.3g})",
         ),
         (
             "system",

@@ -171,6 +171,15 @@ def test_serving_sizes_the_run_within_the_dollars():
     )
 
 
+def test_a_card_without_a_price_has_hours_and_no_dollars():
+    rental = Rental(gpus=("RTX4090",))
+    run = make_plan(Request(Budget(params=1.5e8), HARM, rental)).run
+    assert run.hours > 1
+    assert run.usd is None
+    with pytest.raises(InputError, match="no on_demand price for RTX4090"):
+        make_plan(Request(Budget(usd=100), HARM, rental))
+
+
 def test_the_batch_is_that_of_the_tokens_that_are_trained():
     request = Request(Budget(usd=5000), HARM, Rental(gpus=("H100",)), k_n=0.3)
     spec = make_plan(request).run.spec

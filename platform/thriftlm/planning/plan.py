@@ -215,6 +215,8 @@ def _within(request: Request, frontier: Frontier) -> Plan:
         if not request.rental.gpus:
             raise InputError("--hours needs --gpu: what an hour does depends on it")
         request = replace(request, rental=replace(request.rental, by_speed=True))
+    else:
+        request = replace(request, rental=replace(request.rental, needs_price=True))
     counts = request.law.counts
 
     def bought(i: int) -> tuple[Rented, float]:

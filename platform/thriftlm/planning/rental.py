@@ -60,13 +60,15 @@ class Rental:
     seq_len: int = 2048
     by_speed: bool = False
     """Take the fastest system rather than the cheapest per token."""
+    needs_price: bool = False
+    """Leave out systems without a known price; else they come after the others."""
 
     def best(self, model: ModelSpec, batch_tokens: float) -> Rented:
         """The system for a model at about a batch: it fits, and is cheapest per token or fastest.
 
         Raises:
-            InputError: unknown GPU or cloud; no system holds the model, or none has a known price
-                or speed.
+            InputError: unknown GPU or cloud; no system holds the model, or none has a known speed,
+                or price where it is needed.
         """
         nearest: list[tuple[Row, Estimate]] = []
         for counts in self._attempts:
@@ -139,7 +141,7 @@ class Rental:
         return (place, slowness, price) if self.by_speed else (place, price, slowness)
 
     def _usable(self, found: Estimate) -> bool:
-        priced = self.by_speed or found.usd_per_btok is not None
+        priced = found.usd_per_btok is not None or not self.needs_price
         return bool(found.fits) and found.tokens_per_s_per_gpu is not None and priced
 
     def _system(self, row: Row) -> SystemSpec:

@@ -55,9 +55,10 @@ def test_standard_library_platform_is_not_shadowed_from_the_root():
 
 def test_planning_and_specs_load_neither_torch_nor_ray_nor_mlflow():
     heavy = python(
-        "import sys, thriftlm.planning.law, thriftlm.planning.estimate, "
-        "thriftlm.planning.calibration, thriftlm.spec, thriftlm.catalog, thriftlm.prices, "
-        "thriftlm_models.config; print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
+        "import sys, thriftlm.planning.law, thriftlm.planning.scaling_laws, "
+        "thriftlm.planning.estimate, thriftlm.planning.calibration, thriftlm.spec, "
+        "thriftlm.catalog, thriftlm.prices, thriftlm_models.config; "
+        "print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
     )
     assert heavy == "set()"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from thriftlm.review import planning_commands
+from thriftlm.review import plan_command, planning_commands, report_command
 
 app = typer.Typer(
     name="thriftlm",
@@ -276,6 +276,8 @@ def export(
 
 app.command()(planning_commands.estimate)
 app.command()(planning_commands.calibrate)
+app.command()(plan_command.plan)
+app.command()(report_command.report)
 
 
 @app.command()

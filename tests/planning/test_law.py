@@ -6,13 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from thriftlm.planning.law import (
-    Curve,
-    LossLaw,
-    bootstrap,
-    effective_tokens,
-    fit_law,
-)
+from thriftlm.planning.law import Curve, bootstrap, fit_law
+from thriftlm.planning.scaling_laws import LossLaw
 
 EPOCH = LossLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # arXiv 2404.10102
 HARM = LossLaw(E=1.62, A=406.4, B=410.7, alpha=0.336, beta=0.283)
@@ -199,18 +194,6 @@ def test_curves_that_cannot_be_fitted_are_refused():
     with pytest.raises(ValueError, match="one curve per name"):
         fit_law([point, point])
     assert fit_law([run("b", EPOCH, 1e6, [1e7]), empty]).effects.keys() == {"b"}
-
-
-@pytest.mark.parametrize(("epochs", "share"), [(1, 1.0), (4, 0.93), (16, 0.66), (40, 0.38)])
-def test_repeated_data_count_as_published(epochs, share):
-    counted = effective_tokens(epochs * 1e9, 1e9) / (epochs * 1e9)
-    assert counted == pytest.approx(share, abs=0.005)  # arXiv 2305.16264
-
-
-def test_repetition_has_a_ceiling_and_fresh_data_none():
-    assert effective_tokens(1e15, 1e9) == pytest.approx(16.39e9)
-    assert effective_tokens(5e8, 1e9) == 5e8
-    assert effective_tokens(5e12, None) == 5e12
 
 
 def test_planning_needs_no_torch_and_no_ray():

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from thriftlm.planning.law import Curve, LossLaw, effective_tokens
+from thriftlm.planning.law import Curve
+from thriftlm.planning.scaling_laws import LossLaw, effective_tokens
 from thriftlm.search.objective import (
     Observation,
     curve_of,

@@ -17,21 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from scipy.special import huber
 
-Floats = NDArray[np.float64]
+from thriftlm.planning.scaling_laws import PREDICTION_LAW, Floats, LossLaw, law_named
 
-REPETITION_DECAY = 15.39
-"""R of arXiv 2305.16264: how many repetitions of a data set count before they wear out."""
 HUBER_DELTA = 1.345
 """In residual scales: 95% efficient on normal residuals."""
 WARM_UP_WEIGHT = 1e-3
 """Of a point in warm-up, which no law describes; in the tail of Huber loss its root counts."""
 MAX_CURVE_WEIGHT = 16.0
 """Sum of one curve's weights: reports close in time repeat each other."""
-PRIOR_MEAN = np.array([*np.log([1 / 3, 1 / 3, 1 / 3, 0.3478, 0.3658]), 0.03])
+PRIOR_LAW = law_named(PREDICTION_LAW).law
+PRIOR_MEAN = np.array([*np.log([1 / 3, 1 / 3, 1 / 3, PRIOR_LAW.alpha, PRIOR_LAW.beta]), 0.03])
 PRIOR_SD = np.array([1.5, 1.5, 1.5, 0.4, 0.4, 0.03])
 """Of the logs of the law's terms as shares of the loss at the middle of the data; of log alpha and
 log beta (Besiroglu et al.; one real table has a beta of 0.73); of the log offset of undecayed
@@ -43,22 +42,6 @@ PRIOR_POINTS, PRIOR_CURVES = 4.0, 2.0
 SCALE_FLOOR = 1e-3
 MIN_CURVES, MIN_POINTS, MIN_N_RATIO, MIN_D_RATIO = 3, 6, 2.0, 4.0
 """Below one of these the data do not identify the law."""
-
-
-@dataclass(frozen=True)
-class LossLaw:
-    """Coefficients of `E + A / N^alpha + B / D^beta`; N without embeddings, D in tokens."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    def loss(self, n_params: ArrayLike, n_tokens: ArrayLike) -> Floats:
-        """Loss in the unit of the curves, broadcast over both arguments."""
-        n, d = np.asarray(n_params, np.float64), np.asarray(n_tokens, np.float64)
-        return np.asarray(self.E + self.A * n**-self.alpha + self.B * d**-self.beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,19 +251,6 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     problem = replace(_problem(curves), sigma=fit.sigma, tau=fit.tau)
     return [_sample(problem, fit, rng) for _ in range(samples)]
-
-
-def effective_tokens(n_tokens: float, unique_tokens: float | None) -> float:
-    """Tokens of fresh data that `n_tokens` are worth when only `unique_tokens` exist.
-
-    `U + U R (1 - exp(-(D/U - 1) / R))` with R = 15.39 (Muennighoff et al., arXiv 2305.16264, for
-    D > U): four epochs count 93%, and no number of them counts more than 16.39 U.
-    """
-    if unique_tokens is None or n_tokens <= unique_tokens:
-        return n_tokens
-    repetitions = n_tokens / unique_tokens - 1
-    worth = REPETITION_DECAY * -np.expm1(-repetitions / REPETITION_DECAY)
-    return float(unique_tokens * (1 + worth))
 
 
 def _problem(curves: Sequence[Curve]) -> _Problem:

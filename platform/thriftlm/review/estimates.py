@@ -2,33 +2,27 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
-from thriftlm import catalog
 from thriftlm.planning.constants import in_use
 from thriftlm.planning.estimate import Estimate, Estimates, estimate_table
+from thriftlm.planning.grid import Grid, Rank, Row, estimate_systems, kernel_refusal, rank
 from thriftlm.planning.machine import measured_machine
-from thriftlm.planning.systems import STRATEGIES, model_columns
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import optional, stale_prices, usd
 from thriftlm.search.storage import storage
 from thriftlm.spec import InputError
-from thriftlm_models import kernels
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.presets import preset
 
 RANKED_SHOWN = 20
 """Systems that `--best` prints; JSON has them all."""
-BEST_STRATEGIES = ("ddp", "fsdp_full", "fsdp_grad_op", "zero1", "zero2", "zero3")
-BEST_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""What `--best` tries where a strategy or micro batch is not given."""
 TABLE_COLUMNS = {
     "est_tokens_per_s_per_gpu": "tokens_per_s_per_gpu",
     "est_mfu": "mfu",
@@ -38,66 +32,6 @@ TABLE_COLUMNS = {
 }
 """Columns that a table gains, by what they hold of an estimate."""
 BAR_CHARACTERS = 40
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Systems to estimate: every combination of the lists; an empty list takes its default."""
-
-    gpus: Sequence[str]
-    n_gpus: Sequence[int]
-    strategies: Sequence[str]
-    micro_batches: Sequence[int]
-    attentions: Sequence[str]
-    checkpointings: Sequence[str]
-    stacks: Sequence[str]
-    optimizer: str
-    precision: str
-    seq_len: int
-    batch_tokens: int
-    place: Mapping[str, Any]
-    """Cloud, region, market, billing, gpus_per_node and cpus_per_worker where given."""
-
-    def systems(self, best: bool) -> list[Row]:
-        """One row of columns per system.
-
-        Raises:
-            InputError: unknown GPU, or `single` asked of several GPUs.
-        """
-        batches = self.micro_batches or (BEST_MICRO_BATCHES if best else (8,))
-        names = [catalog.gpu(name).id for name in self.gpus]
-        return [
-            {
-                "gpu": gpu,
-                "n_gpus": n,
-                "strategy": strategy,
-                "micro_batch": micro_batch,
-                "attention": attention,
-                "act_ckpt": act_ckpt,
-                "stack": stack,
-                "optimizer": self.optimizer,
-                "precision": self.precision,
-                "grad_accum": max(1, round(self.batch_tokens / (micro_batch * n * self.seq_len))),
-                **self.place,
-            }
-            for gpu, n in product(names, self.n_gpus)
-            for strategy, micro_batch in product(self._strategies(n, best), batches)
-            for attention, act_ckpt, stack in product(
-                self.attentions or ("flash",), self.checkpointings or ("none",), self.stacks
-            )
-        ]
-
-    def _strategies(self, n_gpus: int, best: bool) -> Sequence[str]:
-        if n_gpus == 1:
-            return ("single",)
-        several = [name for name in self.strategies if name != "single"]
-        if self.strategies and not several:
-            raise InputError(
-                f"strategy single runs on one GPU, --gpus is {n_gpus}; choose one of "
-                + ", ".join(STRATEGIES[1:])
-            )
-        return several or (BEST_STRATEGIES if best else ("fsdp_full",))
 
 
 def model_named(name: str) -> ModelSpec:
@@ -121,35 +55,18 @@ def model_named(name: str) -> ModelSpec:
 def estimate_grid(model: ModelSpec, grid: Grid, *, best: bool, explain: bool) -> list[Row]:
     """Estimates of a model on every system of a grid; with `best`, the cheapest per token first."""
     systems = grid.systems(best)
-    shape = model_columns(model, grid.seq_len)
-    columns = {key: [value] * len(systems) for key, value in shape.items()}
-    columns |= {key: [row[key] for row in systems] for key in systems[0]}
     kept = storage(None).root
-    found = estimate_table(columns, in_use(kept), measured_machine(kept))
+    found = estimate_systems(model, grid.seq_len, systems, in_use(kept), measured_machine(kept))
     rows = [as_row(system, found[i], explain) for i, system in enumerate(systems)]
     for row in rows:
         if reason := kernel_refusal(model, row, grid.precision):
             row |= {"fits": False, "reason": reason}
-    return sorted(rows, key=rank) if best else rows
+    return sorted(rows, key=ranked) if best else rows
 
 
-def kernel_refusal(model: ModelSpec, row: Row, precision: str) -> str:
-    """Why our own core could not run the row's attention kernel on its GPU; empty where it can."""
-    name = row["attention"]
-    if row["stack"] != "thriftlm" or name not in kernels.REQUIREMENTS:
-        return ""
-    target = catalog.attention_target(row["gpu"], precision)
-    windowed = "sliding" in model.block_attention
-    reason = kernels.why_not(name, target, model.head_dim, windowed)
-    return f"{name}: {reason}" if reason else ""
-
-
-def rank(row: Row) -> tuple[int, float, float]:
-    """Order of `--best`: what fits, then USD per token, then speed; the unknown after the known."""
-    place = {True: 0, None: 1, False: 2}[row["fits"]]
-    price, speed = row["usd_per_btok"], row["tokens_per_s_per_gpu"]
-    never = float("inf")
-    return place, never if price is None else price, never if speed is None else -speed
+def ranked(row: Row) -> Rank:
+    """Place of a row in the order of `--best`."""
+    return rank(row["fits"], row["usd_per_btok"], row["tokens_per_s_per_gpu"])
 
 
 def as_row(system: Row, found: Estimate, explain: bool) -> Row:

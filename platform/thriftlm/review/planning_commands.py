@@ -126,6 +126,7 @@ def estimate(
     ] = False,
 ) -> None:
     """Estimate memory, tokens per second and dollars before anything is rented."""
+    from thriftlm.planning.grid import Grid
     from thriftlm.review import estimates
     from thriftlm.spec import InputError
 
@@ -150,7 +151,7 @@ def estimate(
         "market": market,
         "billing": billing,
     }
-    grid = estimates.Grid(
+    grid = Grid(
         gpus=gpu,
         n_gpus=n_gpus,
         strategies=strategy,

@@ -13,14 +13,14 @@ import numpy as np
 
 from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimates, estimate_table
+from thriftlm.planning.grid import Row
 from thriftlm.planning.systems import model_columns, system_columns
 from thriftlm.price_tables import NORMALISED
 from thriftlm.review.estimates import (
     COLUMNS,
     RANKED_SHOWN,
-    Row,
     as_row,
-    rank,
+    ranked,
     table_cells,
     write_csv,
 )
@@ -60,7 +60,7 @@ class SpaceEstimates:
             {name: system[name] for name in about} | as_row(system, self.found[i], False)
             for i, system in enumerate(systems)
         ]
-        return sorted(rows, key=rank)
+        return sorted(rows, key=ranked)
 
 
 def estimate_space(

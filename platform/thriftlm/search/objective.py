@@ -11,16 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from thriftlm.planning.law import (
-    REPETITION_DECAY,
-    Curve,
-    Floats,
-    LawFit,
-    LossLaw,
-    bootstrap,
-    effective_tokens,
-    fit_law,
-)
+from thriftlm.planning.law import Curve, LawFit, bootstrap, fit_law
+from thriftlm.planning.scaling_laws import Floats, LossLaw, effective_tokens, tokens_worth
 from thriftlm.spec import Progress, Spec, Status
 
 Objective = Literal["loss_at_budget", "usd_to_loss", "tokens_per_usd", "weighted", "pareto"]
@@ -388,13 +380,5 @@ def _usd_to_loss(
     log_tokens = np.log(law.B / left) / law.beta if left > 0 else np.inf
     if log_tokens > MAX_LOG_TOKENS:
         return None
-    tokens = _tokens_worth(float(np.exp(max(log_tokens, 0.0))), unique_tokens)
-    return None if tokens is None else tokens * row.usd_per_token
-
-
-def _tokens_worth(effective: float, unique_tokens: float | None) -> float | None:
-    """Inverse of `effective_tokens`; None beyond the ceiling of repetition."""
-    if unique_tokens is None or effective <= unique_tokens:
-        return effective
-    worn = (effective / unique_tokens - 1) / REPETITION_DECAY
-    return unique_tokens * (1 - REPETITION_DECAY * float(np.log1p(-worn))) if worn < 1 else None
+    tokens = tokens_worth(float(np.exp(max(log_tokens, 0.0))), unique_tokens)
+    return tokens * row.usd_per_token if np.isfinite(tokens) else None

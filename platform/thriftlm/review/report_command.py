@@ -1,0 +1,49 @@
+"""The `report` command: what a search has measured, for other tools."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    search: Annotated[
+        str, typer.Argument(metavar="SEARCH", help="Name of a search in the storage folder.")
+    ],
+    runs: Annotated[
+        Path,
+        typer.Option(
+            metavar="OUT",
+            help="Write its recorded runs here, as .parquet or .csv: one row per run and report.",
+        ),
+    ],
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="FOLDER",
+            help="Where searches live. Default: $THRIFTLM_STORAGE, else ~/thriftlm.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr."),
+    ] = False,
+) -> None:
+    """Write what a search has measured, also while it runs: `thriftlm plan --fit` reads it."""
+    from thriftlm.records import write_rows
+    from thriftlm.search.journal import read
+    from thriftlm.search.recorded import recorded_rows
+    from thriftlm.search.state import SearchState
+    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.spec import InputError
+
+    place = storage_at(storage)
+    journal = place.search(search) / "journal.jsonl"
+    if not journal.exists():
+        raise InputError(f"no search named {search} in {place.root}; give --storage or its name")
+    rows = recorded_rows(SearchState(read(journal)))
+    write_rows(rows, runs)
+    told = {"runs": len({row["run_id"] for row in rows}), "rows": len(rows), "out": str(runs)}
+    print(json.dumps(told) if as_json else f"{runs}: {told['rows']} rows of {told['runs']} runs")

@@ -1,0 +1,54 @@
+"""What a search has measured, as recorded runs: see `thriftlm.records`."""
+
+from typing import Any
+
+from thriftlm.search.state import SearchState, TrialState
+from thriftlm.spec import Progress, digest
+from thriftlm_models.counts import non_embedding_params, stored_params
+
+
+def recorded_rows(state: SearchState) -> list[dict[str, Any]]:
+    """One row per trial and report, in order of proposal; trials that never started have none."""
+    unique = state.started.unique_tokens if state.started else {}
+    return [
+        row
+        for trial in sorted(state.trials.values(), key=lambda trial: trial.number)
+        for row in _rows(trial, unique)
+    ]
+
+
+def _rows(trial: TrialState, unique: dict[str, int]) -> list[dict[str, Any]]:
+    if not trial.allocations:
+        return []
+    run = trial.run
+    fixed = {
+        "run_id": trial.trial_id,
+        **trial.point,
+        "params": stored_params(run.model),
+        "non_embedding_params": non_embedding_params(run.model),
+        "unique_tokens": unique.get(digest(run.data.model_dump())),
+    }
+    usd_per_hour = trial.allocations[-1].usd_per_hour
+    last = trial.curve[-1] if trial.curve else None
+    return [
+        fixed | _report(report, run.system.n_gpus, usd_per_hour, _status(trial, report is last))
+        for report in trial.curve
+    ]
+
+
+def _report(report: Progress, n_gpus: int, usd_per_hour: float, status: str) -> dict[str, Any]:
+    rate = report.tokens_per_s
+    return {
+        "tokens": report.tokens,
+        "loss": report.val_loss,
+        "tokens_per_s": None if rate is None else rate * n_gpus,
+        "usd_per_hour": usd_per_hour,
+        "decayed": report.decayed,
+        "warming_up": report.warming_up,
+        "status": status,
+    }
+
+
+def _status(trial: TrialState, is_last: bool) -> str:
+    """`running` at every report but the last, which says how the trial ended."""
+    return (trial.status or "running") if is_last else "running"

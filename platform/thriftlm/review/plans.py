@@ -385,10 +385,15 @@ def _run_lines(run: PlannedRun, found: Json) -> list[tuple[str, str]]:
         ),
         (
             "cost",
-            ("no price" if run.usd is None else f"${run.usd:,.2f}{within}")
+            ("no price" if run.usd is None else f"{to_the_cent(run.usd)}{within}")
             + f", {run.hours:,.1f} hours, estimated",
         ),
     ]
+
+
+def to_the_cent(amount: float) -> str:
+    """Dollars with cents, and more digits below one."""
+    return f"${amount:,.2f}" if amount >= 1 else usd(amount)
 
 
 def _cells(row: Json, found: Json) -> list[str]:

@@ -21,6 +21,9 @@ not, with what would settle it:
   at 32), on A100-40GB here.
 """
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -31,6 +34,8 @@ from thriftlm.review.space_estimates import estimate_space
 from thriftlm.search.space import load_space
 from thriftlm_models.config import ModelSpec
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FACTS = runpy.run_path(str(BENCHMARKS / "memory_facts.py"))["FACTS"]
 COUNTS = (2, 4, 8, 16, 32, 64)
 WINNERS = {  # Figure 2, columns 2 to 64 GPUs: where another than A100-40GB is ahead
     ("apple-100m", 2): "A100-80GB",
@@ -62,30 +67,10 @@ def test_the_grid_is_the_papers(masters):
     assert len(masters) == 2280
 
 
-@pytest.mark.parametrize(
-    ("fixed", "ran"),
-    [
-        # facts.md 1.5 Figure 1 and 1.6 finding 1: vanilla attention is out at 1,024 for 1B and 2B.
-        ({"model": "apple-100m", "attention": "math", "batch": 1024}, True),
-        ({"model": "apple-500m", "attention": "math", "batch": 1024}, True),
-        ({"model": "apple-1b", "attention": "math", "batch": 512}, True),
-        ({"model": "apple-1b", "attention": "math", "batch": 1024}, False),
-        ({"model": "apple-2b", "attention": "math", "batch": 512}, True),
-        ({"model": "apple-2b", "attention": "math", "batch": 1024}, False),
-        ({"model": "apple-1b", "attention": "flash", "batch": 1024}, True),
-        ({"model": "apple-2b", "attention": "flash", "batch": 1024}, True),
-        # Finding 7, Figure 4: FSDP reaches batches that DDP cannot.
-        ({"model": "apple-1b", "strategy": "ddp", "batch": 1024}, True),
-        ({"model": "apple-2b", "strategy": "ddp", "batch": 512}, True),
-        ({"model": "apple-2b", "strategy": "ddp", "batch": 1024}, False),
-        ({"model": "apple-2b", "strategy": "fsdp_full", "batch": 1024}, True),
-        ({"model": "apple-2b", "strategy": "fsdp_grad_op", "batch": 1024}, True),
-        # Figure 2: everything up to 1B ran on one A100-40GB.
-        ({"model": "apple-1b", "gpu": "A100-40GB", "n_gpus": 1}, True),
-    ],
-)
-def test_memory_boundaries_with_fp32_masters(masters, fixed, ran):
-    assert masters.runs(**fixed) is ran
+@pytest.mark.parametrize("fact", FACTS, ids=str)
+def test_memory_boundaries_under_the_policy_that_each_needs(masters, pure, fact):
+    study = masters if fact.policy == "fp32 masters" else pure
+    assert study.runs(**fact.fixed) is fact.ran
 
 
 def test_memory_boundary_that_needs_pure_bf16(masters, pure):

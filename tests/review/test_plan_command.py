@@ -56,7 +56,7 @@ def test_dollars_are_those_of_estimate_to_the_cent(budget, thriftlm, tmp_path):
     system, batch = spec["system"], spec["optim"]["batch_tokens"]
     options = {
         "--gpu": system["gpu"],
-        "--gpus": system["n_gpus"],
+        "--gpus": system.get("n_gpus", 1),
         "--strategy": system.get("strategy", "single"),
         "--micro-batch": system.get("micro_batch", 8),
         "--cloud": system.get("cloud", "aws"),
@@ -152,7 +152,7 @@ def test_the_picture_is_written_only_where_asked(thriftlm, tmp_path):
         (["--flops", "1e50"], "must ask for a language model"),
         (["--usd", "0.001"], "buys too few tokens"),
         (["--usd", "1e9", "--gpu", "L4", "--gpus", "1"], "does not, at best it needs"),
-        (["--params", "100B", "--gpu", "L4", "--gpus", "1"], "it needs 1912 GB of 26"),
+        (["--params", "100B", "--gpu", "L4", "--gpus", "1"], "it needs 1912 GB of 24"),
         (["--params", "190B", "--gpu", "A100-40GB"], "at up to 1024 x A100-40GB it does not"),
         (["--flops", "1e20", "--k-n", "0.05"], "k_n must be above 0.0974"),
         (["--flops", "1e20", "--k-n", "-1"], "--k-n must be a number above 0, got -1"),

@@ -12,8 +12,8 @@ import pytest
 from thriftlm.planning.constants import shipped
 from thriftlm.planning.estimate import estimate_runs
 from thriftlm.planning.machine import Machine, remember
-from thriftlm.search.result import SearchResult, TrialRow
-from thriftlm.spec import RunSpec
+from thriftlm.search.journal import Allocated, Event, Reported, SearchStarted, Suggested
+from thriftlm.spec import Progress, RunSpec
 
 MACHINE = Machine(
     host=platform.node(),
@@ -28,8 +28,8 @@ SLOWER = 0.7
 """Of the estimated speed that the search measured."""
 
 
-def trial(width: int, micro_batch: int) -> TrialRow:
-    run = RunSpec.model_validate(
+def run_of(width: int, micro_batch: int) -> RunSpec:
+    return RunSpec.model_validate(
         {
             "model": {"n_layers": 4, "d_model": width, "n_heads": 4, "vocab": 2048},
             "data": {"seq_len": 128, "tokenizer": "bpe:2048"},
@@ -38,39 +38,30 @@ def trial(width: int, micro_batch: int) -> TrialRow:
             "tokens": 100_000,
         }
     )
+
+
+def events(number: int, run: RunSpec) -> list[Event]:
+    """What the journal of a running search holds of one trial."""
     speed = estimate_runs([run], MACHINE)[0].tokens_per_s_per_gpu
     assert speed is not None
-    return TrialRow(
-        trial_id=run.trial_id,
-        status="done",
-        reason="",
-        config=run.model_dump(mode="json"),
-        point={},
-        tokens=100_000,
-        loss=4.0,
-        loss_at_budget=None,
-        tokens_per_s=SLOWER * speed,
-        usd=0.01,
-    )
+    report = Progress(status="running", step=8, tokens=8192, tokens_per_s=SLOWER * speed)
+    return [
+        Suggested(trial_id=run.trial_id, number=number, point={}, run=run),
+        Allocated(trial_id=run.trial_id, usd_per_hour=0.1, price="mine"),
+        Reported(trial_id=run.trial_id, progress=report),
+    ]
 
 
 @pytest.fixture
 def search(tmp_path: Path) -> str:
-    """A finished search, in the storage folder that the `thriftlm` fixture uses."""
-    found = SearchResult(
-        search_id="probed",
-        status="finished",
-        reason="",
-        spent_usd=0.1,
-        budget_usd=None,
-        hours=0.1,
-        best=None,
-        pareto=[],
-        trials=[trial(width, mb) for width in (128, 256, 512) for mb in (4, 16)],
-    )
+    """A running search, in the storage folder that the `thriftlm` fixture uses."""
+    runs = [run_of(width, mb) for width in (128, 256, 512) for mb in (4, 16)]
+    first = SearchStarted(search_id="probed", space={}, versions={}, unique_tokens={})
+    lines = [first, *(event for i, run in enumerate(runs) for event in events(i, run))]
     folder = tmp_path / "storage" / "searches" / "probed"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(found.model_dump_json())
+    text = "".join(event.model_dump_json() + "\n" for event in lines)
+    (folder / "journal.jsonl").write_text(text)
     return "probed"
 
 
@@ -123,7 +114,7 @@ def test_probes_of_a_cluster_move_the_shipped_constants(thriftlm, tmp_path):
     [
         ((), "calibrate needs files of ROWS, or --search NAME"),
         (("rows.csv", "--search", "x"), "and not both"),
-        (("--search", "nowhere"), "no such search, or it has not ended"),
+        (("--search", "nowhere"), "no search 'nowhere'"),
         (("rows.csv",), "cannot read rows.csv"),
     ],
 )

@@ -15,9 +15,10 @@ from thriftlm.planning.machine import measured_machine
 from thriftlm.planning.systems import Floats, Systems, from_cases, from_table
 from thriftlm.review.estimates import read_csv
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.search.result import SearchResult
+from thriftlm.search.journal import read
+from thriftlm.search.state import SearchState
 from thriftlm.search.storage import Storage
-from thriftlm.spec import InputError, RunSpec
+from thriftlm.spec import InputError
 
 NEEDED = ("source", "gpu", "tokens_per_s_per_gpu")
 
@@ -68,19 +69,22 @@ def refine_by_rows(
 
 
 def refine_by_search(name: str, storage: Storage, target: Path | None) -> dict[str, Any]:
-    """The calibration in use moved to the throughput that a search measured.
+    """The calibration in use moved to the throughput that a search measured, also while it runs.
 
     Raises:
         InputError: no such search, or no trial of it was fast enough to be timed.
     """
-    path = storage.search(name) / "results.json"
+    path = storage.search(name) / "journal.jsonl"
     if not path.exists():
-        raise InputError(f"{path}: no such search, or it has not ended; give --storage or its name")
-    trials = SearchResult.model_validate_json(path.read_text(encoding="utf-8")).trials
-    runs = [RunSpec.model_validate(trial.config) for trial in trials]
-    systems = from_cases([case_of(run) for run in runs], "thriftlm", measured_machine(storage.root))
-    totals = np.array([trial.tokens_per_s or float("nan") for trial in trials])
-    return refine(systems, totals / systems.n_gpus, f"search {name}", storage, target)
+        raise InputError(f"no search '{name}' in {storage.root}; give its --storage, or its name")
+    measured = [(t.run, t.tokens_per_s()) for t in SearchState(read(path)).trials.values()]
+    timed = [(run, total) for run, total in measured if total is not None]
+    if not timed:
+        raise InputError(f"no trial of search '{name}' has been timed yet; wait for its reports")
+    cases = [case_of(run) for run, _ in timed]
+    systems = from_cases(cases, "thriftlm", measured_machine(storage.root))
+    per_gpu = np.array([total for _, total in timed]) / systems.n_gpus
+    return refine(systems, per_gpu, f"search {name}", storage, target)
 
 
 def refine(

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from statistics import median
 from typing import Any
 
 import psutil
@@ -96,14 +95,14 @@ def measure(device: str) -> Machine:
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """Measured 1e12 FLOP/s of a square matrix product, 2 n^3 FLOPs; median of five."""
+    """Measured 1e12 FLOP/s of a square matrix product, 2 n^3 FLOPs; best of five."""
     n = CUDA_MATRIX if device == "cuda" else CPU_MATRIX
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / seconds(lambda: a @ b, device) / 1e12
 
 
 def memory_gb_per_s(device: str) -> float:
-    """Measured 1e9 bytes/s of a copy of 256 MB, read and write both counted; median of five."""
+    """Measured 1e9 bytes/s of a copy of 256 MB, read and write both counted; best of five."""
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
@@ -111,7 +110,11 @@ def memory_gb_per_s(device: str) -> float:
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Median wall-clock seconds of the work, after one warm-up."""
+    """Fewest wall-clock seconds of the work, after one warm-up.
+
+    What a machine can do is what it did when nothing else ran on it: a median of a busy machine
+    would make every later estimate too slow.
+    """
     taken = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
@@ -119,4 +122,4 @@ def seconds(work: Callable[[], object], device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begin)
-    return median(taken[1:])
+    return min(taken[1:])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from thriftlm.review import plan_command, planning_commands, report_command
+from thriftlm.review.options import Json, StorageOption
 
 app = typer.Typer(
     name="thriftlm",
@@ -17,19 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")
-]
-StorageOption = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        metavar="FOLDER",
-        help="Where searches, token shards and tracking live. Default: $THRIFTLM_STORAGE, else "
-        "~/thriftlm.",
-    ),
-]
 
 
 def overrides_like(example: str) -> Any:

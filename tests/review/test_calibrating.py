@@ -83,6 +83,8 @@ def test_a_search_teaches_the_estimates_that_come_after_it(thriftlm, search, tmp
     ratio = after["tokens_per_s_per_gpu"] / before["tokens_per_s_per_gpu"]
     assert SLOWER < ratio < 0.8  # of another model, in bf16: most of the way
     assert "search probed" in json.loads(out)["calibration"]["source"]
+    again = thriftlm("calibrate", "--search", search, "--keep", "--json")
+    assert again == (code, out, err)  # the same probes count once
 
 
 def test_a_search_on_a_machine_that_was_not_measured_says_what_to_do(thriftlm, search):
@@ -114,6 +116,7 @@ def test_probes_of_a_cluster_move_the_shipped_constants(thriftlm, tmp_path):
     [
         ((), "calibrate needs files of ROWS, or --search NAME"),
         (("rows.csv", "--search", "x"), "and not both"),
+        (("rows.csv", "--keep", "--out", "x.json"), "--keep says where it is written"),
         (("--search", "nowhere"), "no search 'nowhere'"),
         (("rows.csv",), "cannot read rows.csv"),
     ],

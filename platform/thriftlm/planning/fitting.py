@@ -19,7 +19,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from thriftlm.planning.scaling_laws import Counts, Floats, LossLaw, NamedLaw, Optimum
+from thriftlm.planning.scaling_laws import (
+    FLOPS_PER_PARAM_TOKEN,
+    Counts,
+    Floats,
+    LossLaw,
+    NamedLaw,
+    Optimum,
+)
 from thriftlm.spec import InputError
 
 Form = Literal["chinchilla", "skaling"]
@@ -92,7 +99,7 @@ class Points:
     @property
     def flops(self) -> Floats:
         """`6 N D`."""
-        return 6 * self.n_params * self.n_tokens
+        return FLOPS_PER_PARAM_TOKEN * self.n_params * self.n_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from thriftlm.planning.scaling_laws import (
+    CRITICAL_OVERHEAD,
+    FLOPS_PER_PARAM_TOKEN,
     INFERENCE_SHARE,
     BelowFloorError,
     LossLaw,
@@ -58,8 +60,12 @@ class Frontier:
         found = self.law.optimum(flops)
         if not self._repeats(found):
             return found
-        n = least(lambda n: self.loss(n, flops / 6 / n), found.n_params, found.n_params * 1e4)
-        return Optimum(n, flops / 6 / n)
+        n = least(
+            lambda n: self.loss(n, flops / FLOPS_PER_PARAM_TOKEN / n),
+            found.n_params,
+            found.n_params * 1e4,
+        )
+        return Optimum(n, flops / FLOPS_PER_PARAM_TOKEN / n)
 
     def optimum_at(self, loss: float) -> Optimum:
         """Least compute to a loss.
@@ -86,10 +92,10 @@ class Frontier:
             return found
         log_flops = bisected(
             lambda x: self.optimum(math.exp(x)).n_params - n_params,
-            math.log(6 * n_params),
+            math.log(FLOPS_PER_PARAM_TOKEN * n_params),
             math.log(found.flops),
         )
-        return Optimum(n_params, math.exp(log_flops) / 6 / n_params)
+        return Optimum(n_params, math.exp(log_flops) / FLOPS_PER_PARAM_TOKEN / n_params)
 
     def data_factor(self, k_n: float, best: Optimum) -> float:
         """Tokens over the optimum's, of a model `k_n` times its size that reaches its loss.
@@ -132,7 +138,7 @@ class Frontier:
 
         def spare(k_n: float) -> float:
             try:
-                return 2 - k_n * self.data_factor(k_n, best)
+                return 1 + CRITICAL_OVERHEAD - k_n * self.data_factor(k_n, best)
             except BelowFloorError:
                 return -math.inf
 
@@ -145,7 +151,7 @@ class Frontier:
             return CurvePoint(k_n, None, None, k_n * best.n_params, None, True)
         overhead = k_n * k_d - 1
         tokens = k_d * best.n_tokens
-        small = k_n < 1 and overhead > 1
+        small = k_n < 1 and overhead > CRITICAL_OVERHEAD
         return CurvePoint(k_n, k_d, overhead, k_n * best.n_params, tokens, small)
 
     def _repeats(self, best: Optimum, k_d: float = 1.0) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.text import Text
 
 from thriftlm.planning import calibration
-from thriftlm.planning.constants import FILE, Calibration, in_use
+from thriftlm.planning.constants import FILE, Calibration, shipped
 from thriftlm.planning.estimate import case_of
 from thriftlm.planning.machine import measured_machine
 from thriftlm.planning.systems import Floats, Systems, from_cases, from_table
@@ -18,7 +18,7 @@ from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.search.journal import read
 from thriftlm.search.state import SearchState
 from thriftlm.search.storage import Storage
-from thriftlm.spec import InputError
+from thriftlm.spec import InputError, RunSpec
 
 NEEDED = ("source", "gpu", "tokens_per_s_per_gpu")
 
@@ -57,7 +57,7 @@ def rows_of(sources: Sequence[Path]) -> dict[str, list[str]]:
 def refine_by_rows(
     sources: Sequence[Path], storage: Storage, target: Path | None
 ) -> dict[str, Any]:
-    """The calibration in use moved to the probes of one cluster that files hold.
+    """The shipped calibration moved to the probes of one cluster that files hold.
 
     Raises:
         InputError: a file cannot be read, or nothing was measured.
@@ -65,37 +65,49 @@ def refine_by_rows(
     table = rows_of(sources)
     systems = from_table(table, measured_machine(storage.root))
     measured = calibration.measured_tokens_per_s(table, systems)
-    return refine(systems, measured, ", ".join(s.name for s in sources), storage, target)
+    return refine(systems, measured, ", ".join(s.name for s in sources), target)
 
 
-def refine_by_search(name: str, storage: Storage, target: Path | None) -> dict[str, Any]:
-    """The calibration in use moved to the throughput that a search measured, also while it runs.
+def refine_by_searches(
+    names: Sequence[str], storage: Storage, target: Path | None
+) -> dict[str, Any]:
+    """The shipped calibration moved to the throughput that searches measured, or measure now.
 
     Raises:
-        InputError: no such search, or no trial of it was fast enough to be timed.
+        InputError: no such search, or none of their trials has been timed.
+    """
+    trials = [trial for name in names for trial in timed_trials(name, storage)]
+    source = f"search {', '.join(names)}"
+    if not trials:
+        raise InputError(f"no trial of {source} has been timed yet; wait for its reports")
+    cases = [case_of(run) for run, _ in trials]
+    systems = from_cases(cases, "thriftlm", measured_machine(storage.root))
+    per_gpu = np.array([total for _, total in trials]) / systems.n_gpus
+    return refine(systems, per_gpu, source, target)
+
+
+def timed_trials(name: str, storage: Storage) -> list[tuple[RunSpec, float]]:
+    """Runs of a search with their tokens per second over all GPUs, where those were measured.
+
+    Raises:
+        InputError: no such search.
     """
     path = storage.search(name) / "journal.jsonl"
     if not path.exists():
         raise InputError(f"no search '{name}' in {storage.root}; give its --storage, or its name")
     measured = [(t.run, t.tokens_per_s()) for t in SearchState(read(path)).trials.values()]
-    timed = [(run, total) for run, total in measured if total is not None]
-    if not timed:
-        raise InputError(f"no trial of search '{name}' has been timed yet; wait for its reports")
-    cases = [case_of(run) for run, _ in timed]
-    systems = from_cases(cases, "thriftlm", measured_machine(storage.root))
-    per_gpu = np.array([total for _, total in timed]) / systems.n_gpus
-    return refine(systems, per_gpu, f"search {name}", storage, target)
+    return [(run, total) for run, total in measured if total is not None]
 
 
-def refine(
-    systems: Systems, measured: Floats, source: str, storage: Storage, target: Path | None
-) -> dict[str, Any]:
+def refine(systems: Systems, measured: Floats, source: str, target: Path | None) -> dict[str, Any]:
     """A refined calibration with the error on its own probes before and after.
+
+    It starts from the shipped one, so that the same probes given twice count once.
 
     Raises:
         InputError: nothing was measured, or nothing is known of the machine that did it.
     """
-    before = in_use(storage.root)
+    before = shipped()
     measured = np.where(
         np.isfinite(calibration.tokens_per_s(systems, before.constants)), measured, np.nan
     )

@@ -110,7 +110,8 @@ def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> 
         for run, entry in known
     ]
     usd, budget = fmean(each), space.search_budget
-    wanted = {"trials": budget.trials, "points": space.size if space.is_grid else None}
+    points = space.size if space.search.algorithm == "grid" else None
+    wanted = {"trials": budget.trials, "points": points}
     limits = {name: float(number) for name, number in wanted.items() if number is not None}
     if budget.usd is not None:
         limits["usd"] = budget.usd / usd

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from thriftlm.review.options import Json
+
 UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
@@ -117,10 +119,7 @@ def plan(
         Path | None,
         typer.Option(metavar="YAML", help="Where the run file goes; it is printed otherwise."),
     ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr."),
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Plan a training run: how small, how long, on which GPUs, for how many dollars."""
     from thriftlm.planning.constants import in_use

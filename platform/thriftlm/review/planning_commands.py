@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from thriftlm.review.options import Json, StorageOption
+
 STRATEGY = "single|ddp|fsdp_full|fsdp_grad_op|hsdp|zero1|zero2|zero3"
 ATTENTION = "math|flash|efficient|cudnn|flex|fa1|fa2|fa3|fa4"
 CHECKPOINTING = "none|selective|full"
@@ -120,10 +122,7 @@ def estimate(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show where memory and time go, part by part.")
     ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr."),
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Estimate memory, tokens per second and dollars before anything is rented."""
     from thriftlm.planning.grid import Grid
@@ -240,10 +239,10 @@ def calibrate(
         bool,
         typer.Option("--refine", help="Rows are probes of one cluster: start from what is known."),
     ] = False,
-    search: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Refine by the throughput that a search measured."),
-    ] = None,
+    searches: Annotated[
+        list[str],
+        typer.Option("--search", metavar="NAME", help=f"Refine by what a search measured.{AGAIN}"),
+    ] = [],  # noqa: B006
     keep: Annotated[
         bool,
         typer.Option("--keep", help="Use it from now on: write it into the storage folder."),
@@ -251,26 +250,22 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the constants are written as JSON.")
     ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Storage folder. Default: as for search."),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr."),
-    ] = False,
+    storage: StorageOption = None,
+    as_json: Json = False,
 ) -> None:
     """Fit the estimator's constants to measured rows, and say how far they carry."""
     from thriftlm.review import calibrating
     from thriftlm.search.storage import storage as storage_at
     from thriftlm.spec import InputError
 
-    if (search is None) != bool(rows):
+    if bool(searches) == bool(rows):
         raise InputError("calibrate needs files of ROWS, or --search NAME, and not both")
+    if keep and out is not None:
+        raise InputError(f"--keep says where it is written, and --out {out} too; give one of them")
     place = storage_at(storage)
     target = calibrating.place_to_keep(place) if keep else out
-    if search is not None:
-        found = calibrating.refine_by_search(search, place, target)
+    if searches:
+        found = calibrating.refine_by_searches(searches, place, target)
     elif refine:
         found = calibrating.refine_by_rows(rows, place, target)
     else:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from thriftlm.review.options import Json, StorageOption
+
 
 def report(
     search: Annotated[
@@ -18,18 +20,8 @@ def report(
             help="Write its recorded runs here, as .parquet or .csv: one row per run and report.",
         ),
     ],
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            "--storage",
-            metavar="FOLDER",
-            help="Where searches live. Default: $THRIFTLM_STORAGE, else ~/thriftlm.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr."),
-    ] = False,
+    storage: StorageOption = None,
+    as_json: Json = False,
 ) -> None:
     """Write what a search has measured, also while it runs: `thriftlm plan --fit` reads it."""
     from thriftlm.records import write_rows

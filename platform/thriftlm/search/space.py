@@ -2,7 +2,7 @@
 
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -36,6 +36,8 @@ READS: dict[str, tuple[type[Spec], ...]] = {"optim": (SystemSpec, DataSpec)}
 MAX_ENUMERATED = MAX_LISTED
 """Larger spaces are sampled where they are counted."""
 SAMPLES = 2_000
+BLOCK = 64
+"""Points looked at together for one that is valid: estimates take many as fast as one."""
 
 
 class Counts(NamedTuple):
@@ -199,11 +201,6 @@ class Space:
         return broken and Rejected(broken[0], f"{broken[0]}: {broken[1]:.15g}")
 
     @property
-    def is_grid(self) -> bool:
-        """Whether every point is tried once."""
-        return self.search.algorithm == "grid"
-
-    @property
     def size(self) -> int | None:
         """Points before constraints; None where a field is continuous."""
         listed = [domain.values for domain in self.domains.values()]
@@ -284,12 +281,16 @@ class Space:
         if self.search.algorithm == "grid":
             self.grid()
         small = self.size is not None and self.size <= MAX_ENUMERATED
+        points = self.grid() if small else self._sample_points()
         first: dict[str, Rejected] = {}
-        for point in self.grid() if small else self._sample_points():
-            found = self.resolve(point, self.search.seed)
-            if not isinstance(found, Rejected):
+        while block := list(islice(points, BLOCK)):
+            found = [self._resolve(point, self.search.seed) for point in block]
+            runs = dict.fromkeys(one for one in found if isinstance(one, RunSpec))
+            too_large = self._too_large(tuple(runs))
+            if len(too_large) < len(runs):
                 return
-            first.setdefault(found.reason, found)
+            for broken in (*too_large.values(), *(o for o in found if isinstance(o, Rejected))):
+                first.setdefault(broken.reason, broken)
         raise self._unsatisfiable(first)
 
     def _unsatisfiable(self, first: Mapping[str, Rejected]) -> InputError:

@@ -66,9 +66,10 @@ def pinned(name: str) -> AbstractContextManager[object]:
     Entering costs 20 microseconds, a second entry inside the first 2: the decoder enters once per
     forward pass. The kernels enter too, so that what runs outside of a forward pass (recomputation
     in backward, for one) is pinned as well. The flash implementation stays active afterwards,
-    because backward needs it.
+    because backward needs it. Within torch.compile nothing is entered: the choice is made while the
+    graph is traced, inside of the decoder's context, and switches are nothing that a graph holds.
     """
-    if name not in BACKENDS:
+    if name not in BACKENDS or torch.compiler.is_compiling():
         return nullcontext()
     if name in FLASH_IMPLEMENTATIONS:
         _activate(FLASH_IMPLEMENTATIONS[name])

@@ -18,6 +18,7 @@ from thriftlm_models.cache import Cache, CachedLayer
 from thriftlm_models.config import GATED, ModelSpec
 from thriftlm_models.initial import init_weights
 from thriftlm_models.loss import linear_cross_entropy
+from thriftlm_models.recomputation import with_recomputation
 from thriftlm_models.rotation import Rotation
 
 MUP_HEAD_DIM = 64
@@ -132,11 +133,26 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(model)
         self.feed_forward = FeedForward(model)
         self.feed_forward_post_norm = make_norm(model) if model.post_norm else nn.Identity()
+        self.run: Callable[..., Tensor] | None = None
+
+    def set_execution(self, act_ckpt: str, compiled: bool) -> None:
+        """Choose what backward keeps (`recomputation`), and whether torch.compile runs the block.
+
+        Inside of `forward`, because hooks that gather weights stand around it: neither is
+        checkpointing to gather twice nor the compiler to look into hooks.
+        """
+        run = with_recomputation(self.compute, act_ckpt)
+        self.run = torch.compile(run) if compiled else run
 
     def forward(
         self, x_BTD: Tensor, rotate: Rotation | None, cached: CachedLayer | None = None
     ) -> Tensor:
         """The residual stream after this block, (B, T, D)."""
+        run = self.run or self.compute
+        return run(x_BTD, rotate, cached)
+
+    def compute(self, x_BTD: Tensor, rotate: Rotation | None, cached: CachedLayer | None) -> Tensor:
+        """What `forward` gives, plainly."""
         if self.attends:
             added_BTD = self.attention(self.attention_norm(x_BTD), rotate, cached)
             x_BTD = x_BTD + self.attention_post_norm(added_BTD)
@@ -239,6 +255,12 @@ class Decoder(nn.Module):
             if base
         }
         return [made.get(kind) for kind in kinds]
+
+    def set_execution(self, act_ckpt: str, compiled: bool) -> None:
+        """Choose how blocks run: what backward keeps, and whether they are compiled."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.set_execution(act_ckpt, compiled)
 
     def init_weights(self, seed: int) -> None:
         """Fills every parameter, the same for a seed on every device; call before sharding."""

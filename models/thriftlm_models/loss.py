@@ -18,8 +18,9 @@ SOFTMAX_BLOCK_BYTES = 4 * 2**20
 def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Mean cross-entropy of `hidden @ head.T` in nats, an fp32 scalar, never holding all logits.
 
-    Multiplies in the dtype of autocast where that is on, softmax in fp32. Torch 2.13 has a function
-    of this name: under autocast it multiplies in fp32, and given bf16 it returns a bf16 loss.
+    Multiplies in the dtype of autocast where that is on, softmax in fp32; fp64 stays fp64. Torch
+    2.13 has a function of this name: under autocast it multiplies in fp32, and given bf16 it
+    returns a bf16 loss.
 
     Raises:
         ValueError: no targets.
@@ -48,7 +49,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.n_tokens = len(targets_N)
         dtype = compute_dtype(hidden_ND)
         hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
-        loss_sum = torch.zeros((), device=hidden_ND.device, dtype=torch.float32)
+        exact = torch.promote_types(dtype, torch.float32)
+        loss_sum = torch.zeros((), device=hidden_ND.device, dtype=exact)
         d_hidden_ND = torch.empty_like(hidden_ND)
         d_head_VD: Tensor | None = None
         rows = max(1, LOGIT_BLOCK_BYTES // (head_VD.element_size() * len(head_VD)))
@@ -59,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if with_gradients:
                 torch.mm(logits_RV, head_VD, out=d_hidden_ND[block])
                 added_VD = logits_RV.T @ hidden_ND[block]
-                d_head_VD = added_VD.float() if d_head_VD is None else d_head_VD.add_(added_VD)
+                d_head_VD = added_VD.to(exact) if d_head_VD is None else d_head_VD.add_(added_VD)
         if d_head_VD is not None:
             ctx.save_for_backward(d_hidden_ND, d_head_VD)
         return loss_sum.div_(ctx.n_tokens)
@@ -77,7 +79,8 @@ def softmax_loss(logits_RV: Tensor, targets_R: Tensor, with_gradients: bool) -> 
 
     The gradient is softmax - one-hot.
     """
-    loss_sum = torch.zeros((), device=logits_RV.device, dtype=torch.float32)
+    exact = torch.promote_types(logits_RV.dtype, torch.float32)
+    loss_sum = torch.zeros((), device=logits_RV.device, dtype=exact)
     rows = len(logits_RV)
     if logits_RV.device.type == "cpu":
         rows = max(1, SOFTMAX_BLOCK_BYTES // (4 * logits_RV.shape[1]))
@@ -85,7 +88,7 @@ def softmax_loss(logits_RV: Tensor, targets_R: Tensor, with_gradients: bool) -> 
         torch.split(logits_RV, rows), torch.split(targets_R, rows), strict=True
     ):
         target_R1 = target_R[:, None]
-        log_share_RV = block_RV.log_softmax(dim=-1, dtype=torch.float32)
+        log_share_RV = block_RV.log_softmax(dim=-1, dtype=exact)
         loss_sum -= log_share_RV.gather(1, target_R1).sum()
         if with_gradients:
             share_RV = log_share_RV.exp_()

@@ -38,9 +38,10 @@ class Rotation:
         self.cos, self.sin = angle_TC.cos()[:, None], angle_TC.sin()[:, None]
 
     def __call__(self, x_BTHC: Tensor) -> Tensor:
-        """Heads rotated by their position, computed in fp32, in the dtype that came in."""
+        """Heads rotated by their position, in fp32 at least, in the dtype that came in."""
+        promoted = torch.promote_types(x_BTHC.dtype, torch.float32)
         # Halves, not neighbouring pairs: the layout of Hugging Face checkpoints.
-        first, second = x_BTHC.float().chunk(2, dim=-1)
+        first, second = x_BTHC.to(promoted).chunk(2, dim=-1)
         turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
         return torch.cat(turned, dim=-1).to(x_BTHC.dtype)
 

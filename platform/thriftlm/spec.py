@@ -35,19 +35,11 @@ __all__ = [
     "SystemSpec",
 ]
 
+ADDED_FIELDS = frozenset({"cpu_offload", "momentum"})
+"""Fields that came after searches had been run: no part of an identity at their default."""
 Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
 Status = Literal["running", "done", "stopped", "oom", "diverged"]
 Fraction = float
-
-NOT_YET: dict[str, str] = {
-    "hsdp": "strategy hsdp is not built yet; use fsdp_full or fsdp_grad_op",
-    "selective": "activation checkpointing is not built yet; use act_ckpt: none",
-    "full": "activation checkpointing is not built yet; use act_ckpt: none",
-    "muon": "optimizer muon is not built yet; use adamw",
-    "bf16_true": "pure bf16 without fp32 masters is not built yet; use amp_bf16",
-}
-"""Values the design names that this version refuses, each with the way out."""
-
 
 BUILT_IN_CORPORA = ("python-stdlib",)
 
@@ -60,13 +52,16 @@ class OptimSpec(Spec):
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Update rule."""
+    """Update rule. `muon` orthogonalises the updates of the blocks' matrices; adamw trains the
+    rest."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices; gains and other vectors are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moment averages."""
+    """Decay rates of AdamW's moment averages."""
+    momentum: Fraction = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Muon's average of gradients."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     grad_clip: NonNegativeFloat = 1.0
@@ -81,8 +76,6 @@ class OptimSpec(Spec):
     """Learning rate at the end, as a share of the peak."""
     batch_tokens: PositiveInt = 32_768
     """Tokens per optimizer step over all workers."""
-
-    _not_yet = field_validator("optimizer")(lambda cls, value: refuse_not_yet(value))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -158,10 +151,14 @@ class SystemSpec(Spec):
     """Attention kernel, pinned: it runs or it raises."""
     act_ckpt: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing."""
+    cpu_offload: bool = False
+    """Whether fsdp and zero strategies keep optimizer state in host memory (with masters; under
+    fsdp and zero3 weights too)."""
     compile: bool = False
     """Whether blocks go through torch.compile."""
     precision: Literal["fp32", "amp_bf16", "bf16_true"] = "fp32"
-    """Arithmetic; amp_bf16 computes in bf16 and keeps fp32 parameters and optimizer state."""
+    """Arithmetic; amp_bf16 computes in bf16 and keeps fp32 parameters and optimizer state,
+    bf16_true keeps everything in bf16."""
     cloud: str = "aws"
     """Whose prices count; `apple_normalised` holds the ratios of arXiv 2410.19456."""
     region: str | None = None
@@ -171,23 +168,23 @@ class SystemSpec(Spec):
     billing: Literal["whole_node", "pro_rata"] | None = None
     """Whether a started node is paid whole; default pro_rata for cpu and apple_normalised."""
 
-    _not_yet = field_validator("strategy", "act_ckpt", "precision")(
-        lambda cls, value: refuse_not_yet(value)
-    )
-
-    @field_validator("compile")
-    @classmethod
-    def _compile(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("torch.compile is not built yet; use compile: false")
-        return value
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.strategy == "single" and self.n_gpus > 1:
             raise ValueError(
                 f"strategy single runs on one GPU, n_gpus is {self.n_gpus}; "
-                "choose ddp, fsdp_full, fsdp_grad_op, zero1, zero2 or zero3"
+                "choose ddp, fsdp_full, fsdp_grad_op, hsdp, zero1, zero2 or zero3"
+            )
+        if self.cpu_offload and self.strategy in ("single", "ddp"):
+            raise ValueError(
+                f"cpu_offload needs a strategy that shards, strategy is {self.strategy}; choose "
+                "fsdp_full, fsdp_grad_op, hsdp, zero1, zero2 or zero3 (on one GPU too)"
+            )
+        node = self.gpus_per_node or self.n_gpus
+        if self.strategy == "hsdp" and self.n_gpus > node and self.n_gpus % node:
+            raise ValueError(
+                f"hsdp shards within nodes, so gpus_per_node must divide n_gpus: {node} does not "
+                f"divide {self.n_gpus}"
             )
         return self
 
@@ -245,6 +242,7 @@ class RunSpec(Spec):
                 f"data.seq_len must not exceed model.max_positions: {self.data.seq_len} tokens in "
                 f"{longest} learned positions; shorten it or give the model more"
             )
+        self._check_optimizer()
         bpe_vocab = self.data.bpe_vocab
         if bpe_vocab is not None and self.model.vocab < bpe_vocab:
             raise ValueError(
@@ -252,6 +250,20 @@ class RunSpec(Spec):
                 f"{bpe_vocab} of {self.data.tokenizer}"
             )
         return self
+
+    def _check_optimizer(self) -> None:
+        if not self.system.strategy.startswith("zero"):
+            return
+        if self.optim.optimizer == "muon":
+            raise ValueError(
+                f"muon needs whole matrices and {self.system.strategy} cuts them into flat parts; "
+                "use fsdp_full, fsdp_grad_op, hsdp or ddp, or optimizer adamw"
+            )
+        if self.system.cpu_offload and self.system.precision == "bf16_true":
+            raise ValueError(
+                f"{self.system.strategy} with cpu_offload keeps fp32 masters, precision is "
+                "bf16_true; use amp_bf16, or an fsdp strategy"
+            )
 
     @property
     def steps(self) -> int:
@@ -267,12 +279,15 @@ class RunSpec(Spec):
     @property
     def recipe_id(self) -> str:
         """Identity of the loss curve: model, optimizer, data and seed, whatever it runs on."""
-        return digest(self.model_dump(include={"model", "optim", "data", "seed"}))
+        sections = {"model": self.model, "optim": self.optim, "data": self.data}
+        return digest(
+            {name: identity(spec) for name, spec in sections.items()} | {"seed": self.seed}
+        )
 
     @property
     def trial_id(self) -> str:
         """Identity of the recipe on one system."""
-        return digest({"recipe": self.recipe_id, "system": self.system.model_dump()})
+        return digest({"recipe": self.recipe_id, "system": identity(self.system)})
 
 
 class Progress(Spec):
@@ -324,15 +339,14 @@ class Measurement(Spec):
         return self.final.status
 
 
-def refuse_not_yet(value: str) -> str:
-    """The value itself.
-
-    Raises:
-        ValueError: it is named in the design and not built yet.
-    """
-    if value in NOT_YET:
-        raise ValueError(NOT_YET[value])
-    return value
+def identity(spec: Spec) -> dict[str, Any]:
+    """The fields that identity is the hash of."""
+    fields = type(spec).model_fields
+    return {
+        name: value
+        for name, value in spec.model_dump().items()
+        if name not in ADDED_FIELDS or value != fields[name].default
+    }
 
 
 def vocab_from_tokenizer(model: Any, data: Any) -> Any:

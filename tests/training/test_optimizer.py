@@ -40,7 +40,7 @@ def test_under_mup_rate_times_decay_does_not_depend_on_the_width() -> None:
     for width in WIDTHS:
         spec = run(width)
         optimizer = adamw(Decoder(spec.model), spec)
-        set_lr(optimizer, 0.5)
+        set_lr([optimizer], 0.5)
         factors = {group[LR_FACTOR] for group in optimizer.param_groups}
         assert factors == {1.0, 64 / width}
         products = {round(g["lr"] * g["weight_decay"], 9) for g in optimizer.param_groups}
@@ -69,7 +69,7 @@ def changes(width: int, parametrization: str, model: dict[str, object]) -> dict[
     for seed in range(3):
         decoder.init_weights(seed)
         optimizer = adamw(decoder, spec)
-        set_lr(optimizer, 4e-3)
+        set_lr([optimizer], 4e-3)
         snapshots = []
         for step in range(STEPS + 1):
             with torch.no_grad():

@@ -16,7 +16,7 @@ from thriftlm.spec import Measurement, RunSpec
 from thriftlm.training.checkpoint import load_decoder
 from thriftlm_models.counts import applied_params, stored_params
 
-TORCH = ("ddp", "fsdp_full", "fsdp_grad_op")
+TORCH = ("ddp", "fsdp_full", "fsdp_grad_op", "hsdp")
 ZERO = ("zero1", "zero2", "zero3")
 STRATEGIES = TORCH + ZERO
 RESUMED = ("ddp", "fsdp_full", "zero2")

@@ -42,7 +42,16 @@ def examine(storage: Storage) -> dict[str, Any]:
             f"{device} {name}": list(available_kernels(device, dtype))
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         },
-        "strategies": ["single", "ddp", "fsdp_full", "fsdp_grad_op", "zero1", "zero2", "zero3"],
+        "strategies": [
+            "single",
+            "ddp",
+            "fsdp_full",
+            "fsdp_grad_op",
+            "hsdp",
+            "zero1",
+            "zero2",
+            "zero3",
+        ],
         "matmul_tflops_measured": {"fp32": speed.fp32_tflops, "bf16": speed.bf16_tflops},
         "memory_gb_per_s_measured": speed.memory_gb_per_s,
         "storage": str(storage.root),

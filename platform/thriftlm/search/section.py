@@ -116,7 +116,7 @@ def _normal(cls: type[Spec], fields: dict[str, Any]) -> dict[str, Any]:
     """Fields without differences that make none: what is one run has one identity."""
     if cls is SystemSpec:
         fields["gpu"] = gpu(fields.get("gpu", "cpu")).id
-        if fields.get("n_gpus", 1) == 1:
+        if fields.get("n_gpus", 1) == 1 and not fields.get("cpu_offload"):
             fields["strategy"] = "single"
     if cls is ModelSpec:
         sharing = (_preset_fields(cls, fields) | fields).get("sharing", "none")

@@ -5,6 +5,7 @@ what each rank holds. Every strategy starts from the same weights, so that all o
 losses of the single process.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from thriftlm.spec import InputError, RunSpec
-from thriftlm.training.optimizer import adamw, set_lr
-from thriftlm.training.ranks import Ranks
+from thriftlm.training.optimizer import optimizers, set_lr
+from thriftlm.training.ranks import Ranks, needs_group
+from thriftlm.training.sharding import spread
 from thriftlm_models.attention import check_kernel
 from thriftlm_models.decoder import Decoder
 
@@ -38,7 +40,10 @@ class Engine(Protocol):
         """The loss of one micro-batch of a step, its gradient added; `last` closes the step."""
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; the global gradient norm before clipping."""
+        """Clip, update, clear the gradients; the global gradient norm before clipping.
+
+        Where the norm is not finite, weights and optimizer state stay as they are.
+        """
 
     def evaluating(self) -> AbstractContextManager[None]:
         """A context without gradients."""
@@ -66,26 +71,32 @@ def check_attention(spec: RunSpec, device: torch.device) -> None:
 def build_engine(spec: RunSpec, ranks: Ranks) -> Engine:
     """The engine of the run's strategy, with freshly initialised weights.
 
-    One worker has nobody to share with: whatever its strategy is called, it trains as `single`.
+    One worker has nobody to share with: whatever its strategy is called, it trains as `single`,
+    unless the strategy is to keep what it shards in host memory.
     """
     model = Decoder(spec.model, spec.system.attention)
     model.init_weights(spec.seed)
+    if spec.system.precision == "bf16_true":
+        model.bfloat16()
     model.to(ranks.device)
-    if ranks.world_size > 1 and spec.system.strategy.startswith("zero"):
+    model.set_execution(spec.system.act_ckpt, spec.system.compile)
+    if not needs_group(spec.system, ranks.world_size):
+        return TorchEngine(model, spec, ranks)
+    if spec.system.strategy.startswith("zero"):
         from thriftlm.training.zero import ZeroEngine  # imports deepspeed: seconds
 
         return ZeroEngine(model, spec, ranks)
-    return TorchEngine(model, spec, ranks)
+    return TorchEngine(spread(model, spec, ranks), spec, ranks)
 
 
 class TorchEngine:
-    """`single`, DDP and FSDP2, with torch's own AdamW."""
+    """`single`, DDP and FSDP2, with torch's own optimizers."""
 
-    def __init__(self, model: Decoder, spec: RunSpec, ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, spec: RunSpec, ranks: Ranks) -> None:
         self.spec = spec
         self.device = ranks.device
-        self.module = spread(model, spec) if ranks.world_size > 1 else model
-        self.optimizer = adamw(self.module, spec)
+        self.module = module
+        self.optimizers = optimizers(module, spec)
         # FSDP2 casts by its own policy; elsewhere autocast does.
         self.autocast = spec.system.precision == "amp_bf16" and not isinstance(
             self.module, FSDPModule
@@ -110,13 +121,16 @@ class TorchEngine:
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the norm before clipping."""
         limit = self.spec.optim.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        gradient_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
+        norm = float(gradient_norm)
+        set_lr(self.optimizers, lr)
+        for optimizer in self.optimizers:
+            if math.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -126,7 +140,7 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         """Write with torch's distributed checkpoint: readable at any world size."""
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        model, optimizer = get_state_dict(self.module, self.optimizers)
         with without_group_warning():
             save_checkpoint(
                 {"model": model, "optimizer": optimizer},
@@ -136,7 +150,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         """Read into the present layout, whatever layout wrote it."""
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        model, optimizer = get_state_dict(self.module, self.optimizers)
         with without_group_warning():
             load_checkpoint(
                 {"model": model, "optimizer": optimizer},
@@ -144,7 +158,7 @@ class TorchEngine:
                 no_dist=not dist.is_initialized(),
             )
         set_state_dict(
-            self.module, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
+            self.module, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
 
 
@@ -167,17 +181,3 @@ def without_group_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def spread(model: Decoder, spec: RunSpec) -> nn.Module:
-    """The model laid out over several ranks; the root shard holds embedding, head, last norm."""
-    if spec.system.strategy == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    reshard = spec.system.strategy == "fsdp_full"  # grad_op keeps the weights whole until backward
-    policy = MixedPrecisionPolicy()
-    if spec.system.precision == "amp_bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard, mp_policy=policy)
-    fully_shard(model, reshard_after_forward=reshard, mp_policy=policy)
-    return model

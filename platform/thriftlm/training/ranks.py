@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from thriftlm import catalog
 from thriftlm.spec import InputError, SystemSpec
@@ -64,16 +65,35 @@ def joined(system: SystemSpec) -> Iterator[Ranks]:
             f"`torchrun --nproc-per-node {system.n_gpus} -m thriftlm train ...`"
         )
     device = _device(system)
-    made = started > 1 and not dist.is_initialized()
+    made = needs_group(system, started) and not dist.is_initialized()
     if made:
-        on_cpu = device.type == "cpu"
-        dist.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
+        _init_group(device, started)
     try:
         rank = dist.get_rank() if started > 1 else 0
         yield Ranks(rank, started, device)
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def needs_group(system: SystemSpec, world_size: int) -> bool:
+    """Whether the strategy spreads anything: over other ranks, or into host memory."""
+    return world_size > 1 or system.cpu_offload
+
+
+def _init_group(device: torch.device, started: int) -> None:
+    """Join the processes that `torchrun` started; a process alone makes a group of one.
+
+    On CUDA gloo serves beside NCCL: offloaded state is reduced in host memory.
+    """
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    device_id = None if device.type == "cpu" else device
+    if started > 1:
+        dist.init_process_group(backend, device_id=device_id)
+    else:
+        dist.init_process_group(
+            backend, store=HashStore(), rank=0, world_size=1, device_id=device_id
+        )
 
 
 def _device(system: SystemSpec) -> torch.device:

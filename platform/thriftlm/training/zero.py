@@ -18,11 +18,12 @@ from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
+from deepspeed.utils import set_z3_leaf_modules
 
 from thriftlm.spec import RunSpec
 from thriftlm.training.optimizer import adamw, set_lr
 from thriftlm.training.ranks import Ranks
-from thriftlm_models.decoder import Decoder
+from thriftlm_models.decoder import Block, Decoder
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -42,6 +43,9 @@ class ZeroEngine:
         deepspeed.init_distributed(
             dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
         )
+        if spec.system.compile and STAGES[spec.system.strategy] == 3:
+            # Whole blocks are gathered then: hooks within would break what is compiled to pieces.
+            set_z3_leaf_modules(model, [Block])
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=adamw(model, spec), config=settings(spec, ranks)
         )
@@ -61,7 +65,7 @@ class ZeroEngine:
 
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the norm before clipping."""
-        set_lr(self.optimizer, lr)
+        set_lr([self.optimizer], lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -109,6 +113,22 @@ def autocast(spec: RunSpec) -> dict[str, Any]:
     return chosen
 
 
+def pure_bf16(spec: RunSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration of training without fp32 masters: state in bf16 too."""
+    if spec.system.precision != "bf16_true":
+        return {"enabled": False}
+    return {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+def offload(spec: RunSpec, ranks: Ranks) -> dict[str, Any]:
+    """What goes to host memory: optimizer state with the masters, in stage 3 weights too."""
+    if not spec.system.cpu_offload:
+        return {}
+    place = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    is_last = STAGES[spec.system.strategy] == 3
+    return {"offload_optimizer": place} | ({"offload_param": place} if is_last else {})
+
+
 def settings(spec: RunSpec, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's configuration of the run, every default that matters written out."""
     return {
@@ -119,7 +139,7 @@ def settings(spec: RunSpec, ranks: Ranks) -> dict[str, Any]:
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",
         "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
+        "bf16": pure_bf16(spec),
         "torch_autocast": autocast(spec),
         "zero_optimization": {
             "stage": STAGES[spec.system.strategy],
@@ -127,6 +147,7 @@ def settings(spec: RunSpec, ranks: Ranks) -> dict[str, Any]:
             "reduce_scatter": True,
             "overlap_comm": ranks.device.type != "cpu",
             "round_robin_gradients": False,
+            **offload(spec, ranks),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -10,8 +10,8 @@ them all. `tests/planning/test_apple_study.py` holds the estimates to this list.
 
 from typing import Any, NamedTuple
 
+from thriftlm.planning.cases import model_columns
 from thriftlm.planning.estimate import estimate, estimate_table
-from thriftlm.planning.systems import model_columns
 from thriftlm.review.apple_study import SPACE, Study
 from thriftlm.review.space_estimates import estimate_space
 from thriftlm.search.space import load_space

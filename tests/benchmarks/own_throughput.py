@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thriftlm.planning.systems import model_columns
+from thriftlm.planning.cases import model_columns
 from thriftlm.review.doctor import matmul_tflops, memory_gb_per_s
 from thriftlm.spec import RunSpec
 from thriftlm.training.engine import build_engine

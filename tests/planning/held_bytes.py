@@ -24,6 +24,8 @@ MODEL = {"n_layers": 4, "d_model": 256, "n_heads": 4, "vocab": 2048}
 
 def run_of(strategy: str, n_ranks: int) -> RunSpec:
     system = {"gpu": "cpu", "n_gpus": n_ranks, "strategy": strategy, "micro_batch": 2}
+    if strategy == "hsdp":
+        system["gpus_per_node"] = n_ranks // 2
     return RunSpec.model_validate(
         {
             "model": MODEL,
@@ -61,7 +63,7 @@ def one(strategy: str) -> dict[str, int]:
     zero = strategy.startswith("zero")
     parameters = list((engine.engine if zero else engine.module).parameters())
     shards = [p.ds_tensor for p in parameters] if strategy == "zero3" else parameters
-    outer = engine.optimizer
+    outer = engine.optimizer if zero else engine.optimizers[0]
     found = {"weights": held(shards)}
     if strategy != "zero2":  # whose partition is complete after the last micro-batch
         found["gradients"] = held(gradients(strategy, outer, parameters))

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thriftlm.planning.cases import model_columns
 from thriftlm.planning.estimate import estimate_table
-from thriftlm.planning.systems import model_columns
 from thriftlm.review.apple_study import GPUS, MODELS, SPACE, Study, published, studies
 from thriftlm.review.space_estimates import estimate_space
 from thriftlm.search.space import load_space

@@ -5,9 +5,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from thriftlm.planning.cases import Case, model_columns
 from thriftlm.planning.estimate import estimate, estimate_cases, estimate_table
 from thriftlm.planning.seconds import newton_schulz_flops, volumes
-from thriftlm.planning.systems import Case, from_table, model_columns
+from thriftlm.planning.systems import from_table
 from thriftlm.spec import InputError, SystemSpec
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import flops_per_token, stored_params
@@ -105,6 +106,30 @@ def test_windows_shorten_attention():
     a, b = (estimate(m, system, 4096, 2**17) for m in (full, sliding))
     assert b.seconds["attention"] == pytest.approx(a.seconds["attention"] / 8)
     assert b.seconds["matmul"] == pytest.approx(a.seconds["matmul"])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp_full", "zero1", "zero2", "zero3"])
+def test_offloaded_state_leaves_the_gpu_and_costs_time(strategy):
+    on_gpu, on_host = (
+        estimate_table(rows(strategy=strategy, stack="thriftlm", cpu_offload=word))
+        for word in ("no", "yes")
+    )
+    assert on_host.memory.optimizer[0] == on_host.memory.masters[0] == 0
+    assert on_host.memory.weights[0] == (
+        0 if strategy.endswith(("full", "3")) else on_gpu.memory.weights[0]
+    )
+    assert on_host.seconds.step[0] > 1.05 * on_gpu.seconds.step[0]
+    # By hand: AdamW's 28 bytes a parameter over 8 GPUs at an assumed 20 GB/s of host memory.
+    assert on_host.seconds.optimizer[0] == pytest.approx(28 * stored_params(TINY) / 8 / 20e9)
+
+
+def test_compiled_blocks_of_our_own_move_less_and_launch_less():
+    plain, compiled = (
+        estimate_table(rows(stack="thriftlm", compiled=word)).seconds for word in ("no", "yes")
+    )
+    assert compiled.elementwise[0] < plain.elementwise[0]
+    assert compiled.matmul[0] == plain.matmul[0]
+    assert compiled.logits[0] == plain.logits[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from thriftlm_models.config import ModelSpec
 
 SCRIPT = Path(__file__).parent / "held_bytes.py"
 MODEL = ModelSpec(n_layers=4, d_model=256, n_heads=4, vocab=2048)
-STRATEGIES = ("ddp", "fsdp_full", "fsdp_grad_op", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -40,7 +40,10 @@ def measured(request, tmp_path_factory):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_are_those_of_the_estimate(measured, strategy):
     n_ranks, found = measured
-    system = SystemSpec(gpu="cpu", n_gpus=n_ranks, strategy=strategy, micro_batch=2)
+    node = n_ranks // 2 if strategy == "hsdp" else None
+    system = SystemSpec(
+        gpu="cpu", n_gpus=n_ranks, gpus_per_node=node, strategy=strategy, micro_batch=2
+    )
     expected = estimate(MODEL, system, 32, 2 * 64 * n_ranks).memory_gb
     assert {"weights", "gradients", "optimizer"} <= set(found[strategy])
     for kind, n_bytes in found[strategy].items():

@@ -8,24 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thriftlm import prices
+from thriftlm.planning.cases import Case, from_cases
 from thriftlm.planning.constants import Calibration, shipped
 from thriftlm.planning.intervals import CLASSES, interval_classes, log_sd_of
 from thriftlm.planning.machine import Machine
 from thriftlm.planning.memory import Memory, memory
 from thriftlm.planning.seconds import Seconds, seconds
 from thriftlm.planning.systems import (
-    FLOP_FORMULA,
     FP8_CAPABILITY,
-    Case,
     Cells,
     Floats,
     Systems,
     distinct,
-    from_cases,
     from_table,
 )
 from thriftlm.spec import RunSpec, SystemSpec
 from thriftlm_models.config import ModelSpec
+from thriftlm_models.counts import FLOP_FORMULA
 
 Stack = Literal["eager", "fused", "compiled", "native", "thriftlm"]
 Optimizer = Literal["adamw", "adamw_8bit", "muon", "sgd"]

@@ -6,10 +6,11 @@ from itertools import product
 from typing import Any
 
 from thriftlm import catalog
+from thriftlm.planning.cases import model_columns
 from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimates, estimate_table
 from thriftlm.planning.machine import Machine
-from thriftlm.planning.systems import STRATEGIES, model_columns
+from thriftlm.planning.systems import STRATEGIES
 from thriftlm.spec import InputError
 from thriftlm_models import kernels
 from thriftlm_models.config import ModelSpec
@@ -37,7 +38,8 @@ class Grid:
     seq_len: int
     batch_tokens: int
     place: Mapping[str, Any]
-    """Cloud, region, market, billing, gpus_per_node and cpus_per_worker where given."""
+    """What holds for all: cloud, market, billing, gpus_per_node, cpus_per_worker, compiled and
+    cpu_offload, where given."""
 
     def systems(self, best: bool) -> list[Row]:
         """One row of columns per system.
@@ -69,7 +71,7 @@ class Grid:
         ]
 
     def _strategies(self, n_gpus: int, best: bool) -> Sequence[str]:
-        if n_gpus == 1:
+        if n_gpus == 1 and "cpu_offload" not in self.place:
             return ("single",)
         several = [name for name in self.strategies if name != "single"]
         if self.strategies and not several:

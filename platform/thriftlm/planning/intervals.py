@@ -26,7 +26,7 @@ def interval_classes(s: Systems) -> NDArray[np.int64]:
     loose = (s.has_nvlink == 0) | ((s.capability != 8.0) & (is_hopper(s) == 0))
     own_cpu = (s.on_cpu > 0) & (s.stack == STACKS.index("thriftlm"))
     applies = {
-        "unmeasured_stack": s.stack >= STACKS.index("native"),
+        "unmeasured_stack": (s.stack >= STACKS.index("native")) | (s.offloads > 0),
         "consumer_card": loose,
         "own_cpu": own_cpu,
         "optimistic_fp8": s.fp8 > 0,

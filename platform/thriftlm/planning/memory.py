@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from thriftlm.planning.seconds import BF16, FP32, by_stack, optimizer_shards
+from thriftlm.planning.seconds import BF16, FP32, by_stack, offloads, optimizer_shards
 from thriftlm.planning.systems import (
     CHECKPOINTING,
     KERNELS,
@@ -127,7 +127,7 @@ def _states(s: Systems) -> dict[str, Floats]:
     stored = _stored(s) * s.stored_params
     shards = optimizer_shards(s)
     sharded = s.uses("fsdp_full", "fsdp_grad_op", "hsdp", "zero3")
-    return {
+    held = {
         "weights": stored / np.where(sharded, shards, 1.0),
         "masters": np.where(s.uses("zero1", "zero2", "zero3"), stored / shards, 0.0),
         "weight_copies": _weight_copies(s),
@@ -135,6 +135,14 @@ def _states(s: Systems) -> dict[str, Floats]:
         "optimizer": _optimizer(s, stored) / shards,
         "buffers": _buffers(s, stored),
     }
+    away = offloads(s)
+    elsewhere = {
+        "weights": away & sharded,
+        "masters": away,
+        "gradients": away & (sharded | s.uses("zero2")),
+        "optimizer": away,
+    }
+    return held | {name: np.where(where, 0.0, held[name]) for name, where in elsewhere.items()}
 
 
 def _optimizer(s: Systems, stored: Floats) -> Floats:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thriftlm.planning.constants import Constants
 from thriftlm.planning.systems import (
@@ -69,6 +70,11 @@ SCORE_BYTES = 70.0
 """Memory traffic of `math` attention per score, forward and backward: bf16 scores, mask, fp32
 softmax, cast, and their gradients, one kernel each."""
 DDP_BUCKET_BYTES = 25e6
+HOST_LINK_FRACTION = 0.8
+"""Of PCI Express that copies from and to pinned memory reach. Assumed; no row offloads."""
+HOST_MEMORY_BYTES_PER_S = 20e9
+"""Of a node's memory bandwidth, the share of one GPU's optimizer: eight channels of DDR4-3200 are
+205 GB/s for eight GPUs. Assumed; no row offloads."""
 GLOO_FRACTION = 0.1
 """Of a worker's share of memory bandwidth that gloo reaches between processes of one machine."""
 
@@ -114,7 +120,10 @@ def seconds(systems: Systems, constants: Constants) -> Seconds:
         "logits": logit_seconds(s, c),
     }
     one_pass = sum(parts.values(), np.zeros(len(s)))
-    launches = by_stack(s, KERNELS_PER_LAYER) * s.layers * LAUNCH_SECONDS * (1 + recomputed(s) / 3)
+    kernels = np.where(
+        ours_compiled(s), KERNELS_PER_LAYER["compiled"], by_stack(s, KERNELS_PER_LAYER)
+    )
+    launches = kernels * s.layers * LAUNCH_SECONDS * (1 + recomputed(s) / 3)
     launch = np.where(s.on_cpu > 0, launches, np.maximum(0.0, launches - one_pass))
     total, exposed = communication_seconds(s, c, one_pass + launch)
     return Seconds(
@@ -124,6 +133,11 @@ def seconds(systems: Systems, constants: Constants) -> Seconds:
         launch=launch * s.grad_accum,
         communication=total,
     )
+
+
+def ours_compiled(s: Systems) -> NDArray[np.bool_]:
+    """Where torch.compile runs the blocks of our own stack."""
+    return np.asarray((s.compiled > 0) & (s.stack == STACKS.index("thriftlm")))
 
 
 def by_stack(s: Systems, values: dict[str, float]) -> Floats:
@@ -207,6 +221,7 @@ def elementwise_values(s: Systems) -> Floats:
     eager = np.where(s.gated > 0, llama, gpt)
     fused = 2 * 4 * s.d_model + np.where(s.gated > 0, 2 * turned + 3 * s.d_ff, 2 * s.d_ff)
     ours = 4 * s.d_model + 6 * s.d_model + 6 * turned + (2 + 3 * s.gated) * s.d_ff
+    ours = np.where(s.compiled > 0, fused, ours)
     return np.choose(s.stack, [eager, fused, fused, fused, ours])
 
 
@@ -231,7 +246,10 @@ def optimizer_seconds(s: Systems, c: Constants) -> Floats:
     half = np.where(s.fp32_masters > 0, 1.0, 0.5)
     fused = np.array([OPTIMIZER_BYTES[name] for name in OPTIMIZERS])[s.optimizer]
     each = fused * by_stack(s, ADAMW_BYTES) / OPTIMIZER_BYTES["adamw"]
-    moved = each * held * half / (s.memory_bytes_per_s * c.memory_fraction)
+    memory = np.where(
+        offloads(s), HOST_MEMORY_BYTES_PER_S, s.memory_bytes_per_s * c.memory_fraction
+    )
+    moved = each * held * half / memory
     muon = s.optimizer == OPTIMIZERS.index("muon")
     return moved + np.where(muon, newton_schulz_flops(s) / product_rate(s, c), 0.0)
 
@@ -274,7 +292,28 @@ def communication_seconds(s: Systems, c: Constants, one_pass: Floats) -> tuple[F
     hidden_pass = np.minimum(c.overlap_fraction * pass_seconds, one_pass)
     hidden_step = np.minimum(c.overlap_fraction * step_seconds, one_pass * 2 / 3)
     exposed = (pass_seconds - hidden_pass) * s.grad_accum + step_seconds - hidden_step
-    return pass_seconds * s.grad_accum + step_seconds, exposed
+    host = host_seconds(s)
+    return pass_seconds * s.grad_accum + step_seconds + host, exposed + host
+
+
+def offloads(s: Systems) -> NDArray[np.bool_]:
+    """Where sharded state lies in host memory and the GPU has its own."""
+    return np.asarray((s.offloads > 0) & (s.on_cpu == 0))
+
+
+def host_seconds(s: Systems) -> Floats:
+    """Of one step: weights and gradients between a GPU and host memory, none of it hidden.
+
+    FSDP and ZeRO-3 fetch their shard for each gathering, FSDP brings gradients back each pass; ZeRO
+    brings them back, and its updated weights in, once.
+    """
+    shard = s.stored_params / optimizer_shards(s) * np.where(s.fp32 > 0, FP32, BF16)
+    gradient = shard * np.where((s.fp32_masters > 0) & (s.fp32 == 0), FP32 / BF16, 1.0)
+    fetched = shard * (2.0 * s.uses("fsdp_full", "hsdp", "zero3") + s.uses("fsdp_grad_op"))
+    each = fetched + gradient * s.uses("fsdp_full", "fsdp_grad_op", "hsdp")
+    once = s.uses("zero1", "zero2") * (gradient + shard) + s.uses("zero3") * gradient
+    moved = each * s.grad_accum + once
+    return np.where(offloads(s), moved / (HOST_LINK_FRACTION * s.host_bytes_per_s), 0.0)
 
 
 def volumes(s: Systems) -> tuple[Floats, Floats, Floats]:

@@ -6,21 +6,14 @@ mfu, peak memory, oom) are no part of it, so an estimate cannot read them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thriftlm.catalog import Gpu, gpu
 from thriftlm.planning.machine import Machine
-from thriftlm.spec import InputError, SystemSpec
-from thriftlm_models.config import GATED, ModelSpec
-from thriftlm_models.counts import (
-    FLOP_FORMULA,
-    block_matmul_params,
-    flops_per_token,
-    stored_params,
-)
+from thriftlm.spec import InputError
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -117,6 +110,10 @@ class Systems:
     """1 where matrix products run in fp32."""
     fp8: Floats
     """1 where products of blocks run in fp8."""
+    compiled: Floats
+    """1 where torch.compile runs the blocks of our own stack; others say it by their name."""
+    offloads: Floats
+    """1 where sharded state lies in host memory."""
     fp32_masters: Floats
     """1 where parameters and optimizer state are fp32."""
     reduces_in_fp32: Floats
@@ -139,6 +136,8 @@ class Systems:
     has_nvlink: Floats
     node_bytes_per_s: Floats
     """Network of a node, one direction."""
+    host_bytes_per_s: Floats
+    """PCI Express to host memory, one direction."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -170,76 +169,6 @@ def from_table(table: Mapping[str, Cells], machine: Machine | None = None) -> Sy
     """
     columns = _Columns(table)
     return Systems(**_model(columns), **_training(columns), **_hardware(columns, machine))
-
-
-class Case(NamedTuple):
-    """A model trained on a system."""
-
-    model: ModelSpec
-    system: SystemSpec
-    seq_len: int
-    batch_tokens: int
-    """Tokens of an optimizer step; gradient accumulation fills it up, by at least one pass."""
-    optimizer: str = "adamw"
-
-
-def from_cases(cases: Sequence[Case], stack: str, machine: Machine | None = None) -> Systems:
-    """Systems of specifications trained by one stack; `machine` is what CPU workers run on."""
-    shapes = {
-        (model, seq_len): model_columns(model, seq_len)
-        for model, seq_len in {(case.model, case.seq_len) for case in cases}
-    }
-    rows = [
-        shapes[case.model, case.seq_len] | system_columns(case.system) | batch_columns(case, stack)
-        for case in cases
-    ]
-    return from_table({name: [row[name] for row in rows] for name in rows[0]}, machine)
-
-
-def batch_columns(case: Case, stack: str) -> dict[str, Any]:
-    """Columns that say how a step is put together."""
-    per_pass = case.system.micro_batch * case.system.n_gpus * case.seq_len
-    accumulated = max(1, round(case.batch_tokens / per_pass))
-    return {"grad_accum": accumulated, "stack": stack, "optimizer": case.optimizer}
-
-
-def model_columns(model: ModelSpec, seq_len: int) -> dict[str, Any]:
-    """Columns of one model, counted exactly: sharing, windows, learned positions, biases."""
-    flops = flops_per_token(model, seq_len)
-    matmul = sum(block_matmul_params(model, block) for block in model.schedule)
-    layers, width = len(model.schedule), model.n_heads * model.head_dim
-    spans = flops - 6 * matmul - 6 * model.vocab * model.d_model
-    return {
-        "n_layers": layers,
-        "stored_layers": model.n_layers,
-        "d_model": model.d_model,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "head_dim": model.head_dim,
-        "d_ff": model.d_ff,
-        "mlp": "gated" if model.activation in GATED else "plain",
-        "vocab": model.vocab,
-        "tied_embeddings": "yes" if model.tie_embeddings else "no",
-        "seq_len": seq_len,
-        "span_tokens": spans / (12 * layers * width),
-        "stored_params": stored_params(model),
-        "block_matmul_params": matmul / layers,
-    }
-
-
-def system_columns(system: SystemSpec) -> dict[str, Any]:
-    """Columns of one system; its stack is said apart."""
-    return {
-        "gpu": system.gpu,
-        "n_gpus": system.n_gpus,
-        "gpus_per_node": system.gpus_per_node or "",
-        "cpus_per_worker": system.cpus_per_worker,
-        "strategy": system.strategy,
-        "micro_batch": system.micro_batch,
-        "attention": system.attention,
-        "act_ckpt": system.act_ckpt,
-        "precision": system.precision,
-    }
 
 
 class _Columns:
@@ -364,6 +293,8 @@ def _training(columns: _Columns) -> dict[str, Any]:
         "kernel": _kernel(columns),
         "stack": _stack(columns),
         "optimizer": columns.code("optimizer", OPTIMIZERS, "adamw"),
+        "compiled": _yes(columns, "compiled"),
+        "offloads": _yes(columns, "cpu_offload"),
         "fp32": (precision == PRECISIONS.index("fp32")).astype(float),
         "fp8": (precision == PRECISIONS.index("fp8")).astype(float),
         "fp32_masters": (~pure).astype(float),
@@ -372,10 +303,10 @@ def _training(columns: _Columns) -> dict[str, Any]:
 
 
 def _strategy(columns: _Columns, n_gpus: Floats) -> Codes:
-    """A sharding strategy on one GPU shards nothing: it is `single`."""
+    """A sharding strategy on one GPU shards nothing: it is `single`, unless it offloads."""
     found = columns.code("strategy", STRATEGIES, "single")
     several = np.where(found == 0, STRATEGIES.index("ddp"), found)
-    return np.where(n_gpus > 1, several, 0)
+    return np.where((n_gpus > 1) | (_yes(columns, "cpu_offload") > 0), several, 0)
 
 
 def _kernel(columns: _Columns) -> Codes:
@@ -388,9 +319,13 @@ def _kernel(columns: _Columns) -> Codes:
 def _stack(columns: _Columns) -> Codes:
     """Who does not name the stack publishes a tuned one; who compiles an eager one compiles."""
     found = columns.code("stack", STACKS, "compiled")
-    compiles = columns.mapped("compiled", {"yes": True, "no": False}, "no").astype(bool)
     eager = found == STACKS.index("eager")
-    return np.where(eager & compiles, STACKS.index("compiled"), found)
+    return np.where(eager & (_yes(columns, "compiled") > 0), STACKS.index("compiled"), found)
+
+
+def _yes(columns: _Columns, name: str) -> Floats:
+    """1 where a cell says yes."""
+    return columns.mapped(name, {"yes": 1.0, "no": 0.0}, "no").astype(float)
 
 
 def _hardware(columns: _Columns, machine: Machine | None) -> dict[str, Any]:
@@ -431,6 +366,7 @@ def _hardware(columns: _Columns, machine: Machine | None) -> dict[str, Any]:
         "memory_bytes_per_s": had["memory_gb_per_s"] * 1e9,
         "link_bytes_per_s": np.where(nvlink > 0, nvlink / 2, pcie) * 1e9,
         "has_nvlink": (nvlink > 0).astype(float),
+        "host_bytes_per_s": pcie * 1e9,
         "node_bytes_per_s": columns.number("internode_gbps", network) / 8 * 1e9,
     }
 
@@ -439,6 +375,3 @@ def pcie_gb_per_s(link: str | None) -> float:
     """Payload of a PCI Express link in 1e9 bytes per second and direction; `Gen4 x16` unsaid."""
     generation, _, lanes = (link or "Gen4 x16").removeprefix("Gen").partition(" x")
     return GB_PER_S_OF_LANE[generation] * int(lanes)
-
-
-__all__ = ["FLOP_FORMULA", "Case", "Systems", "from_cases", "from_table"]

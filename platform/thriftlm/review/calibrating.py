@@ -9,10 +9,11 @@ import numpy as np
 from rich.text import Text
 
 from thriftlm.planning import calibration
+from thriftlm.planning.cases import from_cases
 from thriftlm.planning.constants import FILE, Calibration, shipped
 from thriftlm.planning.estimate import case_of
 from thriftlm.planning.machine import measured_machine
-from thriftlm.planning.systems import Floats, Systems, from_cases, from_table
+from thriftlm.planning.systems import Floats, Systems, from_table
 from thriftlm.review.estimates import read_csv
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.search.journal import read

@@ -59,6 +59,12 @@ def estimate(
         list[str],
         typer.Option(metavar=CHECKPOINTING, help=f"Activation checkpointing; default none.{AGAIN}"),
     ] = [],  # noqa: B006
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Our own core's blocks through torch.compile.")
+    ] = False,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep sharded state in host memory.")
+    ] = False,
     stack: Annotated[list[str], typer.Option(metavar=STACK, help=SOFTWARE + AGAIN)] = ["thriftlm"],  # noqa: B006
     precision: Annotated[
         Precision,
@@ -144,6 +150,8 @@ def estimate(
     if model is None or not gpu:
         raise InputError("estimate needs a MODEL and at least one --gpu; see `thriftlm gpus`")
     place = {
+        "compiled": "yes" if compiled else None,
+        "cpu_offload": "yes" if cpu_offload else None,
         "gpus_per_node": gpus_per_node,
         "cpus_per_worker": cpus_per_worker,
         "cloud": cloud,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from thriftlm.planning.cases import model_columns, system_columns
 from thriftlm.planning.constants import Calibration
 from thriftlm.planning.estimate import Estimates, estimate_table
 from thriftlm.planning.grid import Row
-from thriftlm.planning.systems import model_columns, system_columns
 from thriftlm.price_tables import NORMALISED
 from thriftlm.review.estimates import (
     COLUMNS,

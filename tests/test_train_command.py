@@ -20,8 +20,14 @@ KEYS = {
     "tokens_per_s",
     "mfu",
     "peak_mem_gb",
+    "grad_norm",
+    "grad_norm_max",
+    "loss_spikes",
+    "data_wait_fraction",
+    "communication_fraction",
     "usd",
     "checkpoint",
+    "trace",
 }
 TOKENS = 10 * 256
 HUGE = ["system.micro_batch=65536", "optim.batch_tokens=2097152", "model.d_model=1024"]
@@ -102,7 +108,9 @@ def test_alone_prints_one_json_document_and_progress_beside_it(alone, folder):
     assert 0 < found["val_loss"] < 5.7  # ln(300), what guessing gives
     assert found["tokens_per_s"] > 0
     assert found["usd"] > 0
-    assert found["mfu"] is None
+    assert found["mfu"] is found["communication_fraction"] is found["trace"] is None
+    assert found["grad_norm_max"] >= found["grad_norm"] > 0
+    assert 0 < found["data_wait_fraction"] < 1
     assert Path(found["checkpoint"]).parent == folder / "alone"
     lines = alone.stderr.splitlines()
     assert [line for line in lines if not line.startswith("step ")] == []  # no library's warnings
@@ -136,6 +144,18 @@ def test_lines_for_people_go_to_stdout(folder, monkeypatch, capsys):
     assert len([line for line in shown.out.splitlines() if line.startswith("step ")]) == 5
     assert "done" in shown.out
     assert str(folder / "plain") in shown.out
+
+
+def test_trace_is_named_in_the_answer(folder, monkeypatch, capsys):
+    traced = options(folder, "traced", "profile_steps=[3, 4]")
+    assert called(monkeypatch, traced) == 0
+    path = folder / "traced" / "trace_3_4.json.gz"
+    assert path.is_file()
+    shown = capsys.readouterr().out
+    assert f"trace          {path}" in shown
+    assert "data wait" in shown
+    assert called(monkeypatch, [*traced, "--json"]) == 0
+    assert document(capsys.readouterr().out)["trace"] == str(path)
 
 
 def test_diverged_run_exits_1_and_prints_its_json(folder, monkeypatch, capsys):

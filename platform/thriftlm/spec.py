@@ -210,6 +210,9 @@ class RunSpec(Spec):
     """Tokens between two checkpoints; when not given, one at the end."""
     validation_tokens: PositiveInt = 65_536
     """Tokens of the validation split read at each report, always the same ones."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last optimizer step, counted from 1, of which the first rank writes a chrome trace
+    into the output folder; no part of the run's identity."""
     origin: str | None = None
     """Search and trial that proposed the run, as SEARCH/TRIAL; no part of its identity."""
 
@@ -235,6 +238,12 @@ class RunSpec(Spec):
                 "micro_batch x n_gpus x seq_len must divide batch_tokens: "
                 f"{self.system.micro_batch} x {self.system.n_gpus} x {self.data.seq_len} = "
                 f"{per_pass} does not divide {self.optim.batch_tokens}"
+            )
+        recorded = self.profile_steps
+        if recorded is not None and not recorded[0] <= recorded[1] <= self.steps:
+            raise ValueError(
+                "profile_steps must be the first and the last of the run's steps to record: "
+                f"{list(recorded)} in a run of {self.steps} steps"
             )
         longest = self.model.max_positions
         if longest is not None and self.data.seq_len > longest:
@@ -319,6 +328,22 @@ class Progress(Spec):
     """Largest memory of rank 0 in 1e9 bytes: CUDA allocations, on cpu the resident set."""
     grad_norm: float | None = None
     """Global gradient norm before clipping, of the last step."""
+    grad_norm_max: float | None = None
+    """Largest finite gradient norm since the last report."""
+    grad_norm_median: float | None = None
+    """Median of the finite gradient norms since the last report."""
+    loss_spikes: NonNegativeInt | None = None
+    """Steps since the last report whose loss stands far above the running level
+    (`telemetry.Spikes`); None until the process has done enough steps to have a level."""
+    data_wait_fraction: float | None = None
+    """Share of the training time since the last report in which the host waited for batches, mean
+    over ranks. On a GPU at most that is lost: work that was queued before goes on meanwhile."""
+    communication_fraction: float | None = None
+    """Share of one sampled step in which collectives ran and nothing was computed, mean over ranks;
+    waiting for a rank that is late is in it. None in reports without a sample: a process that is
+    alone has none, and the others one as often as costs half a percent of the time."""
+    trace: str | None = None
+    """Path of the profiler's trace, in the first report after it was written."""
     detail: str = ""
     """What happened, for statuses that need a word."""
 
@@ -337,6 +362,11 @@ class Measurement(Spec):
     def status(self) -> Status:
         """How the run ended."""
         return self.final.status
+
+    @property
+    def trace(self) -> str | None:
+        """Path of the profiler's trace, None where `profile_steps` asked for none."""
+        return next((report.trace for report in self.curve if report.trace), None)
 
 
 def identity(spec: Spec) -> dict[str, Any]:

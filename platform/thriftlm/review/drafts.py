@@ -46,6 +46,10 @@ STEP_METRICS = (
     "mfu",
     "peak_mem_gb",
     "grad_norm",
+    "grad_norm_max",
+    "loss_spikes",
+    "data_wait_fraction",
+    "communication_fraction",
 )
 """Fields of a `Progress` that become metrics, with tokens as their step."""
 PLAIN_VERSIONS = ("git_commit", "price_snapshot")
@@ -209,6 +213,8 @@ class Drafts:
         draft.tags |= progress_tags(progress)
         for key in STEP_METRICS:
             draft.measure(key, getattr(progress, key), event.at, progress.tokens)
+        if progress.trace is not None and Path(progress.trace).is_file():
+            draft.files.append(Path(progress.trace))  # where the storage is shared with the trial
 
     def _pay(self, event: Released) -> None:
         """All that the trial cost so far, over every time that it held resources."""

@@ -93,6 +93,8 @@ def line(progress: Progress, spec: RunSpec) -> str:
         parts.append(f"{progress.tokens_per_s:,.0f} tok/s per worker")
     if progress.mfu is not None:
         parts.append(f"MFU {progress.mfu:.1%} ({progress.mfu_formula})")
+    if progress.loss_spikes:
+        parts.append(f"{progress.loss_spikes} loss spike{'s' * (progress.loss_spikes > 1)}")
     if progress.status != "running":
         parts.append(f"{progress.status} {progress.detail}".strip())
     return "  ".join(parts)
@@ -107,9 +109,28 @@ def outcome(measured: Measurement, cost: float) -> Iterator[tuple[str, str]]:
     yield "validation", f"{optional(last.val_loss, '.4f')} nats/token"
     rate = middle(p.tokens_per_s for p in measured.curve)
     yield "speed", f"{optional(rate, ',.0f')} tok/s per worker"
+    yield "data wait", share(middle(p.data_wait_fraction for p in measured.curve))
+    communication = middle(p.communication_fraction for p in measured.curve)
+    if communication is not None:
+        yield "communication", share(communication)
+    if (spikes := total(p.loss_spikes for p in measured.curve)) is not None:
+        yield "loss spikes", str(spikes)
     yield "peak memory", f"{optional(last.peak_mem_gb, '.2f')} GB"
     yield "cost", usd(cost)
     yield "checkpoint", measured.checkpoint or "none"
+    if measured.trace is not None:
+        yield "trace", measured.trace
+
+
+def share(fraction: float | None) -> str:
+    """A share of the step time."""
+    return f"{optional(fraction, '.1%')} of the step time"
+
+
+def total(values: Iterable[int | None]) -> int | None:
+    """The sum of the values that were measured, None where none was."""
+    measured = [value for value in values if value is not None]
+    return sum(measured) if measured else None
 
 
 def middle(values: Iterable[float | None]) -> float | None:
@@ -120,15 +141,21 @@ def middle(values: Iterable[float | None]) -> float | None:
 
 def summary(measured: Measurement, cost: float) -> dict[str, Any]:
     """What `--json` prints of a run; `usd` is `cost`."""
-    last = measured.final
+    last, curve = measured.final, measured.curve
     return {
         "status": last.status,
         "tokens": last.tokens,
         "train_loss": last.train_loss,
         "val_loss": last.val_loss,
-        "tokens_per_s": middle(p.tokens_per_s for p in measured.curve),
-        "mfu": middle(p.mfu for p in measured.curve),
+        "tokens_per_s": middle(p.tokens_per_s for p in curve),
+        "mfu": middle(p.mfu for p in curve),
         "peak_mem_gb": last.peak_mem_gb,
+        "grad_norm": last.grad_norm,
+        "grad_norm_max": max((p.grad_norm_max for p in curve if p.grad_norm_max), default=None),
+        "loss_spikes": total(p.loss_spikes for p in curve),
+        "data_wait_fraction": middle(p.data_wait_fraction for p in curve),
+        "communication_fraction": middle(p.communication_fraction for p in curve),
         "usd": cost,
         "checkpoint": measured.checkpoint,
+        "trace": measured.trace,
     }

@@ -2,12 +2,12 @@
 
 import math
 import resource
-import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from thriftlm import catalog
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
@@ -17,6 +17,7 @@ from thriftlm.training.engine import build_engine, check_attention
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
 from thriftlm.training.shards import Shards, build
+from thriftlm.training.telemetry import Interval, Reading, Telemetry
 from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
 
 DIVERGED_NATS = 1.0
@@ -87,6 +88,8 @@ def train(
                 raise OutOfMemoryOnOneRankError(measured) from error
             report(measured.final, None)
             return measured
+        finally:
+            run.telemetry.trace.abandon()
 
 
 class Run:
@@ -95,7 +98,7 @@ class Run:
     def __init__(self, spec: RunSpec, report: Report, ranks: Ranks, output: Path) -> None:
         self.spec, self.report, self.ranks, self.output = spec, report, ranks, output
         self.step = 0
-        self.first_step = 0  # of this process
+        self.telemetry = Telemetry(spec, ranks, output)
         self.curve: list[Progress] = []
         self.saved: Path | None = None
         self.saved_step = 0
@@ -118,7 +121,7 @@ class Run:
         )
         if resume_from is not None:
             state = checkpoint.load(resume_from, self.engine, spec)
-            self.step = self.first_step = self.saved_step = state.step
+            self.step = self.saved_step = state.step
             self.curve, self.saved = list(state.curve), resume_from
 
     def go(self) -> Measurement:
@@ -165,35 +168,35 @@ class Run:
 
     def advance(self, until: int) -> Progress:
         """Train up to step `until` and measure."""
-        losses: list[float] = []
-        norm, timed_steps, seconds = 0.0, 0, 0.0
+        interval = Interval(self.telemetry, until - self.step)
+        norm = 0.0
         # A gradient that is not finite ends the run: torch ruins the weights with it, DeepSpeed
         # skips the step in silence. The norm is the same on all ranks.
         while self.step < until and math.isfinite(norm):
-            is_warm = self.step > self.first_step  # the first step of a process pays set-up
-            begin = self.clock()
-            loss, norm = self.train_step()
-            losses.append(loss)
-            if is_warm:
-                seconds += self.clock() - begin
-                timed_steps += 1
-        train_loss, first_loss = self.ranks.mean(sum(losses) / len(losses), losses[0])
-        diverged = not math.isfinite(norm) or self.is_far_above(train_loss, first_loss)
+            with interval.step(self.step + 1):
+                loss_sum, norm = self.train_step(interval)
+            interval.add(loss_sum, norm)
+        interval.pause()
+        measured = self.telemetry.reading(interval)
+        diverged = not math.isfinite(norm) or self.is_far_above(
+            measured.train_loss, measured.first_loss
+        )
         val_loss = None if diverged else self.validate()
         if val_loss is not None and not math.isfinite(val_loss):
             diverged, val_loss = True, None
-        return self.progress(train_loss, val_loss, norm, timed_steps, seconds, diverged)
+        return self.progress(measured, val_loss, norm, diverged)
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step; this rank's mean loss and the global gradient norm."""
+    def train_step(self, interval: Interval) -> tuple[Tensor, float]:
+        """One optimizer step; this rank's losses summed, on the device, and the gradient norm."""
         total = torch.zeros((), device=self.ranks.device)
         count = self.spec.grad_accum
-        for index, batch in enumerate(self.batches.at(self.step), start=1):
+        batches = interval.waiting_for(self.batches.at(self.step))
+        for index, batch in enumerate(batches, start=1):
             on_device = batch.to(self.ranks.device, non_blocking=True)
             total += self.engine.accumulate(on_device, last=index == count)
         norm = self.engine.step(learning_rate(self.spec.optim, self.step, self.spec.steps))
         self.step += 1
-        return float(total) / count, norm
+        return total, norm
 
     def validate(self) -> float:
         """Mean validation loss over the first `validation_tokens`, in nats per token."""
@@ -224,19 +227,14 @@ class Run:
         return not loss <= best + DIVERGED_NATS  # true of NaN
 
     def progress(
-        self,
-        train_loss: float,
-        val_loss: float | None,
-        norm: float,
-        timed_steps: int,
-        seconds: float,
-        diverged: bool,
+        self, measured: Reading, val_loss: float | None, norm: float, diverged: bool
     ) -> Progress:
         """The report of the present step."""
-        spec = self.spec
+        spec, train_loss = self.spec, measured.train_loss
         tokens_per_s = None
-        if timed_steps:
-            tokens_per_s = timed_steps * spec.optim.batch_tokens / seconds / spec.system.n_gpus
+        if measured.timed_steps:
+            tokens = measured.timed_steps * spec.optim.batch_tokens
+            tokens_per_s = tokens / measured.seconds / spec.system.n_gpus
         status: Status = "running"
         if diverged:
             status = "diverged"
@@ -256,6 +254,12 @@ class Run:
             mfu_formula=FLOP_FORMULA,
             peak_mem_gb=peak_memory_gb(self.ranks.device),
             grad_norm=norm if math.isfinite(norm) else None,
+            grad_norm_max=measured.grad_norm_max,
+            grad_norm_median=measured.grad_norm_median,
+            loss_spikes=measured.loss_spikes,
+            data_wait_fraction=measured.data_wait_fraction,
+            communication_fraction=measured.communication_fraction,
+            trace=self.telemetry.trace.take(),
             detail="loss or gradient not finite, or loss far above its best" if diverged else "",
         )
 
@@ -284,12 +288,6 @@ class Run:
             curve=tuple(self.curve),
             checkpoint=str(self.saved) if self.saved else None,
         )
-
-    def clock(self) -> float:
-        """Seconds on a steady clock, with the device's work done."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def check_vocab(spec: RunSpec, shards: Shards) -> None:

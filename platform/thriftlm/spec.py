@@ -309,7 +309,8 @@ class Progress(Spec):
     tokens: NonNegativeInt
     """Tokens since the run's beginning."""
     train_loss: float | None = None
-    """Mean training loss in nats per token since the last report; None where it is not finite."""
+    """Mean training loss in nats per token since the last report; None where all steps of it were
+    skipped."""
     val_loss: float | None = None
     """Validation loss in nats per token."""
     val_bits_per_byte: float | None = None
@@ -328,6 +329,8 @@ class Progress(Spec):
     """Largest memory of rank 0 in 1e9 bytes: CUDA allocations, on cpu the resident set."""
     grad_norm: float | None = None
     """Global gradient norm before clipping, of the last step."""
+    skipped_steps: NonNegativeInt = 0
+    """Steps since the last report that changed nothing, because their gradients were not finite."""
     grad_norm_max: float | None = None
     """Largest finite gradient norm since the last report."""
     grad_norm_median: float | None = None

@@ -5,6 +5,7 @@ training loss of each step. A process alone needs no group.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,13 +40,17 @@ def losses(job: dict[str, Any], shards: Shards) -> list[float]:
         seed=spec.seed,
     )
     found = []
+    plain = engine.loss
     for step in range(spec.steps):
+        bad = step == job["bad_step"] and RANK == WORLD - 1
+        engine.loss = (lambda batch: plain(batch) * float("nan")) if bad else plain
         micro = list(batches.at(step))
         total = sum(
             float(engine.accumulate(batch, last=number == len(micro)))
             for number, batch in enumerate(micro, start=1)
         )
-        engine.step(learning_rate(spec.optim, step, spec.steps))
+        norm = engine.step(learning_rate(spec.optim, step, spec.steps))
+        assert math.isfinite(norm) == (step != job["bad_step"])
         found += ranks.mean(total / len(micro))
     torch.set_default_dtype(torch.float32)
     return found

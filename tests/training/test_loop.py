@@ -1,5 +1,6 @@
 """The loop in one process: what it reports, how it ends, and what it refuses."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec
+from thriftlm.training.divergence import SKIPS_IN_A_ROW
+from thriftlm.training.engine import TorchEngine
 from thriftlm.training.loop import Decision, flops_utilisation, is_out_of_memory, train
 from thriftlm.training.shards import build
 from thriftlm.training.tokenizer import make_tokenizer
@@ -225,6 +228,46 @@ def test_divergence_is_a_result(lr, bench, tmp_path):
     assert measured.final.detail
     assert all(math.isfinite(x) for x in losses(measured) if x is not None)
     assert measured.checkpoint is None
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives losses that are not numbers at the forward passes named, counted in training alone."""
+
+    def at(*passes: int) -> None:
+        plain, seen = TorchEngine.loss, itertools.count(1)
+
+        def loss(self: TorchEngine, batch: torch.Tensor) -> torch.Tensor:
+            found = plain(self, batch)
+            return found * math.nan if torch.is_grad_enabled() and next(seen) in passes else found
+
+        monkeypatch.setattr(TorchEngine, "loss", loss)
+
+    return at
+
+
+@pytest.mark.parametrize("report_steps", [1, 5])
+def test_one_gradient_that_is_not_finite_is_skipped_and_told(report_steps, bench, tmp_path, spoil):
+    spoil(2 * 7)  # a step has two passes
+    run = bench.spec(report_every_tokens=report_steps * BATCH_TOKENS)
+    measured = bench.train(run, tmp_path)
+    assert measured.status == "done"
+    told = [report.step for report in measured.curve if report.skipped_steps]
+    assert told == [7 if report_steps == 1 else 10]
+    assert sum(report.skipped_steps for report in measured.curve) == 1
+    without = [report.train_loss is None for report in measured.curve]
+    assert sum(without) == (1 if report_steps == 1 else 0)
+    assert measured.final.val_loss < measured.curve[0].val_loss - 0.5
+
+
+def test_gradients_that_stay_not_finite_end_the_run_and_keep_its_weights(bench, tmp_path, spoil):
+    spoil(*range(2 * 6 + 1, 100))
+    run = bench.spec(report_every_tokens=5 * BATCH_TOKENS)
+    measured = bench.train(run, tmp_path)
+    assert (measured.status, measured.final.step) == ("diverged", 6 + SKIPS_IN_A_ROW)
+    assert measured.final.detail == "3 steps in a row had gradients that are not finite"
+    assert measured.final.skipped_steps == SKIPS_IN_A_ROW
+    assert measured.final.train_loss is not None  # of the sixth step
 
 
 def test_divergence_keeps_the_curve_before_it(bench, tmp_path):

@@ -5,6 +5,7 @@ sharing, activation checkpointing; 20 steps in fp32 and fp64, 200 in fp32) is sl
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -38,9 +39,21 @@ RECOMPUTED = ("none", "full", "selective")
 Losses = dict[str, list[float]]
 
 
-def job(bench: Any, name: str, dtype: str = "float32", steps: int = STEPS, **changes: Any) -> Any:
+BAD_STEP = 7
+"""At which the last rank alone has a gradient that is not finite, where a test asks for it."""
+
+
+def job(
+    bench: Any,
+    name: str,
+    dtype: str = "float32",
+    steps: int = STEPS,
+    bad_step: int | None = None,
+    **changes: Any,
+) -> Any:
     run = bench.spec(tokens=steps * BATCH_TOKENS, **changes)
-    return {"name": name, "run": run.model_dump(mode="json"), "dtype": dtype}
+    fields = {"dtype": dtype, "bad_step": bad_step}
+    return fields | {"name": name, "run": run.model_dump(mode="json")}
 
 
 def trained(bench: Any, folder: Path, jobs: list[Any], n_ranks: int) -> Losses:
@@ -87,6 +100,7 @@ def alone(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Losses:
         job(bench, "selective", system={"act_ckpt": "selective"}),
         job(bench, "bf16_true", system={"precision": "bf16_true"}),
         job(bench, "muon", optim=muon),
+        job(bench, "bad", bad_step=BAD_STEP),
     ]
     if shutil.which("g++"):
         jobs += [
@@ -109,6 +123,7 @@ def pair(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Losses:
             job(bench, f"{strategy}/{name}", system=on(2, strategy, **way))
             for name, way in ways.items()
         ]
+        jobs.append(job(bench, f"{strategy}/bad", bad_step=BAD_STEP, system=on(2, strategy)))
         if strategy in IN_FP64:
             muon = {"optimizer": "muon"}
             jobs.append(job(bench, f"{strategy}/muon", optim=muon, system=on(2, strategy)))
@@ -129,6 +144,16 @@ def test_two_ranks_give_the_golden_losses(strategy, pair):
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_state_in_host_memory_changes_nothing(strategy, pair):
     assert pair[f"{strategy}/offload"] == pytest.approx(pair[f"{strategy}/none"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(strategy, pair, alone):
+    found, expected = pair[f"{strategy}/bad"], alone["bad"]
+    assert math.isnan(found[BAD_STEP])
+    assert math.isnan(expected[BAD_STEP])
+    assert difference(found[:BAD_STEP], expected[:BAD_STEP]) < TOLERANCE
+    assert difference(found[BAD_STEP + 1 :], expected[BAD_STEP + 1 :]) < TOLERANCE
+    assert difference(expected[BAD_STEP + 1 :], alone["none"][BAD_STEP + 1 :]) > 1e-3
 
 
 @pytest.mark.parametrize("way", ["full", "selective"])

@@ -48,6 +48,7 @@ STEP_METRICS = (
     "grad_norm",
     "grad_norm_max",
     "loss_spikes",
+    "skipped_steps",
     "data_wait_fraction",
     "communication_fraction",
 )

@@ -93,6 +93,8 @@ def line(progress: Progress, spec: RunSpec) -> str:
         parts.append(f"{progress.tokens_per_s:,.0f} tok/s per worker")
     if progress.mfu is not None:
         parts.append(f"MFU {progress.mfu:.1%} ({progress.mfu_formula})")
+    if progress.skipped_steps:
+        parts.append(f"{progress.skipped_steps} skipped (gradients not finite)")
     if progress.loss_spikes:
         parts.append(f"{progress.loss_spikes} loss spike{'s' * (progress.loss_spikes > 1)}")
     if progress.status != "running":
@@ -115,6 +117,8 @@ def outcome(measured: Measurement, cost: float) -> Iterator[tuple[str, str]]:
         yield "communication", share(communication)
     if (spikes := total(p.loss_spikes for p in measured.curve)) is not None:
         yield "loss spikes", str(spikes)
+    if skipped := sum(p.skipped_steps for p in measured.curve):
+        yield "skipped", f"{skipped} steps with gradients that are not finite"
     yield "peak memory", f"{optional(last.peak_mem_gb, '.2f')} GB"
     yield "cost", usd(cost)
     yield "checkpoint", measured.checkpoint or "none"
@@ -152,6 +156,7 @@ def summary(measured: Measurement, cost: float) -> dict[str, Any]:
         "peak_mem_gb": last.peak_mem_gb,
         "grad_norm": last.grad_norm,
         "grad_norm_max": max((p.grad_norm_max for p in curve if p.grad_norm_max), default=None),
+        "skipped_steps": sum(p.skipped_steps for p in curve),
         "loss_spikes": total(p.loss_spikes for p in curve),
         "data_wait_fraction": middle(p.data_wait_fraction for p in curve),
         "communication_fraction": middle(p.communication_fraction for p in curve),

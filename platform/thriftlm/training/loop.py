@@ -13,6 +13,7 @@ from thriftlm import catalog
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
 from thriftlm.training import checkpoint
 from thriftlm.training.batches import Batches, validation_batches
+from thriftlm.training.divergence import Divergence
 from thriftlm.training.engine import build_engine, check_attention
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
@@ -20,13 +21,6 @@ from thriftlm.training.shards import Shards, build
 from thriftlm.training.telemetry import Interval, Reading, Telemetry
 from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
 
-DIVERGED_NATS = 1.0
-"""A training loss this far above the best report of its run, in nats, counts as divergence.
-
-Until there is a report, the loss of the untrained model stands in. Loss spikes that recover stay
-well under it; a run that passes it does not come back within the horizon of a trial. Ours, from
-runs of this package; not a published constant.
-"""
 OUT_OF_MEMORY_SIGNS = (
     "allocate memory",  # torch's CPU allocator
     "std::bad_alloc",  # the rest of its C++
@@ -99,6 +93,7 @@ class Run:
         self.spec, self.report, self.ranks, self.output = spec, report, ranks, output
         self.step = 0
         self.telemetry = Telemetry(spec, ranks, output)
+        self.divergence = Divergence()
         self.curve: list[Progress] = []
         self.saved: Path | None = None
         self.saved_step = 0
@@ -169,22 +164,19 @@ class Run:
     def advance(self, until: int) -> Progress:
         """Train up to step `until` and measure."""
         interval = Interval(self.telemetry, until - self.step)
-        norm = 0.0
-        # A gradient that is not finite ends the run: torch ruins the weights with it, DeepSpeed
-        # skips the step in silence. The norm is the same on all ranks.
-        while self.step < until and math.isfinite(norm):
+        while self.step < until and not self.divergence.is_lost:
             with interval.step(self.step + 1):
                 loss_sum, norm = self.train_step(interval)
             interval.add(loss_sum, norm)
+            self.divergence.after_step(norm)
         interval.pause()
         measured = self.telemetry.reading(interval)
-        diverged = not math.isfinite(norm) or self.is_far_above(
-            measured.train_loss, measured.first_loss
-        )
+        before = [report.train_loss for report in self.curve] or [measured.first_loss]
+        diverged = self.divergence.reason(measured.train_loss, before)
         val_loss = None if diverged else self.validate()
         if val_loss is not None and not math.isfinite(val_loss):
-            diverged, val_loss = True, None
-        return self.progress(measured, val_loss, norm, diverged)
+            diverged, val_loss = "validation loss is not finite", None
+        return self.progress(measured, val_loss, diverged)
 
     def train_step(self, interval: Interval) -> tuple[Tensor, float]:
         """One optimizer step; this rank's losses summed, on the device, and the gradient norm."""
@@ -215,22 +207,9 @@ class Run:
         total, sequences = self.ranks.sum(total, count)
         return total / sequences
 
-    def is_far_above(self, loss: float, first_loss: float) -> bool:
-        """Whether a loss lies `DIVERGED_NATS` above the best report of this run, or is not finite.
-
-        Before the first report, `first_loss` of the interval counts instead. Both are means over
-        the ranks, so that all of them come to the same answer.
-        """
-        best = min(
-            (p.train_loss for p in self.curve if p.train_loss is not None), default=first_loss
-        )
-        return not loss <= best + DIVERGED_NATS  # true of NaN
-
-    def progress(
-        self, measured: Reading, val_loss: float | None, norm: float, diverged: bool
-    ) -> Progress:
-        """The report of the present step."""
-        spec, train_loss = self.spec, measured.train_loss
+    def progress(self, measured: Reading, val_loss: float | None, diverged: str) -> Progress:
+        """The report of the present step; `diverged` says why the run is lost, if it is."""
+        spec = self.spec
         tokens_per_s = None
         if measured.timed_steps:
             tokens = measured.timed_steps * spec.optim.batch_tokens
@@ -244,7 +223,8 @@ class Run:
             status=status,
             step=self.step,
             tokens=self.step * spec.optim.batch_tokens,
-            train_loss=train_loss if math.isfinite(train_loss) else None,
+            train_loss=measured.train_loss,
+            skipped_steps=measured.skipped_steps,
             val_loss=val_loss,
             val_bits_per_byte=bits_per_byte(val_loss, self.shards.bytes_per_token("validation")),
             decayed=has_decayed(spec.optim, self.step, spec.steps),
@@ -253,14 +233,14 @@ class Run:
             mfu=flops_utilisation(spec, tokens_per_s),
             mfu_formula=FLOP_FORMULA,
             peak_mem_gb=peak_memory_gb(self.ranks.device),
-            grad_norm=norm if math.isfinite(norm) else None,
+            grad_norm=measured.grad_norm,
             grad_norm_max=measured.grad_norm_max,
             grad_norm_median=measured.grad_norm_median,
             loss_spikes=measured.loss_spikes,
             data_wait_fraction=measured.data_wait_fraction,
             communication_fraction=measured.communication_fraction,
             trace=self.telemetry.trace.take(),
-            detail="loss or gradient not finite, or loss far above its best" if diverged else "",
+            detail=diverged,
         )
 
     def is_checkpoint_due(self, over: bool) -> bool:

@@ -73,10 +73,14 @@ class Spikes:
 class Reading:
     """What an interval between two reports measured, the same on every rank."""
 
-    train_loss: float
-    """Mean loss over steps and ranks, in nats per token."""
-    first_loss: float
-    """That of the first step."""
+    train_loss: float | None
+    """Mean loss in nats per token, over the ranks and the steps that were not skipped."""
+    first_loss: float | None
+    """That of the first of these steps."""
+    skipped_steps: int
+    """Steps whose gradients were not finite, and which changed nothing."""
+    grad_norm: float | None
+    """Of the last step."""
     timed_steps: int
     """Steps behind `seconds`."""
     seconds: float
@@ -126,10 +130,16 @@ class Telemetry:
         self._since_sample += seconds
         if sample:
             self._sample_seconds, self._since_sample = max(0.0, cost - per_step), 0.0
-        norms = [norm for norm in as_floats(interval.norms) if math.isfinite(norm)]
+        all_norms = as_floats(interval.norms)
+        norms = [norm for norm in all_norms if math.isfinite(norm)]
+        counted = [
+            loss for loss, norm in zip(losses, all_norms, strict=True) if math.isfinite(norm)
+        ]
         return Reading(
-            train_loss=sum(losses) / len(losses),
-            first_loss=losses[0],
+            train_loss=sum(counted) / len(counted) if counted else None,
+            first_loss=next(iter(counted), None),
+            skipped_steps=len(losses) - len(counted),
+            grad_norm=all_norms[-1] if math.isfinite(all_norms[-1]) else None,
             timed_steps=interval.steps,
             seconds=seconds,
             loss_spikes=self._spikes.count(losses),

@@ -49,6 +49,10 @@ NOT_YET: dict[str, str] = {
 """Values the design names that this version refuses, each with the way out."""
 
 
+LATER_FIELDS: dict[str, dict[str, Any]] = {"optim": {"trunk_tokens": None}}
+"""By section: fields that came after the first recipes were recorded, with what they stand for when
+not given. At that value they are left out of the hash, so that recipes keep their id."""
+
 BUILT_IN_CORPORA = ("python-stdlib",)
 
 
@@ -81,6 +85,9 @@ class OptimSpec(Spec):
     """Learning rate at the end, as a share of the peak."""
     batch_tokens: PositiveInt = 32_768
     """Tokens per optimizer step over all workers."""
+    trunk_tokens: PositiveInt | None = None
+    """Horizon of the run that this one branches from: `warmup_fraction` counts of it, so that both
+    warm up alike. When not given, of this run's own tokens."""
 
     _not_yet = field_validator("optimizer")(lambda cls, value: refuse_not_yet(value))
 
@@ -90,6 +97,10 @@ class OptimSpec(Spec):
             raise ValueError(
                 "warmup_fraction + decay_fraction must not exceed 1: "
                 f"{self.warmup_fraction} + {self.decay_fraction}"
+            )
+        if self.trunk_tokens is not None and self.schedule == "cosine":
+            raise ValueError(
+                "trunk_tokens needs a schedule with a stable part, got cosine; use wsd or constant"
             )
         return self
 
@@ -211,6 +222,11 @@ class RunSpec(Spec):
     """Tokens between two reports; a twentieth of the run when not given."""
     checkpoint_every_tokens: PositiveInt | None = None
     """Tokens between two checkpoints; when not given, one at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints are kept; no part of the run's identity."""
+    keep_every_tokens: PositiveInt | None = None
+    """The first checkpoint at or after each multiple of it is kept too, to branch from; no part of
+    the run's identity."""
     validation_tokens: PositiveInt = 65_536
     """Tokens of the validation split read at each report, always the same ones."""
     origin: str | None = None
@@ -239,6 +255,15 @@ class RunSpec(Spec):
                 f"{self.system.micro_batch} x {self.system.n_gpus} x {self.data.seq_len} = "
                 f"{per_pass} does not divide {self.optim.batch_tokens}"
             )
+        if self.optim.trunk_tokens is not None:
+            warmup = self.optim.warmup_fraction * self.optim.trunk_tokens
+            stable_end = (1 - self.optim.decay_fraction) * self.tokens
+            if self.optim.schedule == "wsd" and warmup > stable_end:
+                raise ValueError(
+                    "the warm-up must end before the decay begins: "
+                    f"warmup_fraction x trunk_tokens = {warmup:,.0f} tokens, decay from "
+                    f"{stable_end:,.0f} on; raise tokens or lower decay_fraction"
+                )
         longest = self.model.max_positions
         if longest is not None and self.data.seq_len > longest:
             raise ValueError(
@@ -267,7 +292,8 @@ class RunSpec(Spec):
     @property
     def recipe_id(self) -> str:
         """Identity of the loss curve: model, optimizer, data and seed, whatever it runs on."""
-        return digest(self.model_dump(include={"model", "optim", "data", "seed"}))
+        held = self.model_dump(include={"model", "optim", "data", "seed"})
+        return digest(without_later_defaults(held))
 
     @property
     def trial_id(self) -> str:
@@ -316,7 +342,13 @@ class Measurement(Spec):
     curve: tuple[Progress, ...]
     """All reports in order, the last included."""
     checkpoint: str | None
-    """Folder of the last complete checkpoint."""
+    """Folder or URL of the last complete checkpoint."""
+    checkpoint_failures: tuple[str, ...] = ()
+    """Checkpoints that could not be written, each with the reason; the run went on."""
+    earlier_seconds: NonNegativeFloat = 0.0
+    """Wall clock of this run's earlier starts, as far as their checkpoints know."""
+    earlier_usd: NonNegativeFloat = 0.0
+    """What they cost, at the prices they ran at."""
 
     @property
     def status(self) -> Status:
@@ -344,6 +376,18 @@ def vocab_from_tokenizer(model: Any, data: Any) -> Any:
     )
     size = str(tokenizer or DataSpec().tokenizer).removeprefix("bpe:")
     return model | {"vocab": int(size)} if size.isdigit() else model
+
+
+def without_later_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A dumped recipe, its `LATER_FIELDS` left out where they are at their default."""
+    return recipe | {
+        section: {
+            name: value
+            for name, value in recipe[section].items()
+            if name not in later or value != later[name]
+        }
+        for section, later in LATER_FIELDS.items()
+    }
 
 
 def digest(value: Any) -> str:

@@ -28,6 +28,9 @@ KEYS = {
     "usd",
     "checkpoint",
     "trace",
+    "usd_total",
+    "checkpoint_failures",
+    "skipped_steps",
 }
 TOKENS = 10 * 256
 HUGE = ["system.micro_batch=65536", "optim.batch_tokens=2097152", "model.d_model=1024"]

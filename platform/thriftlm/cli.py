@@ -166,9 +166,17 @@ def train(
         Path, typer.Argument(metavar="RUN", help="A run file, such as the best.yaml of a search.")
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FOLDER", help="Folder of checkpoints. Default: one in the storage folder."
+            metavar="FOLDER",
+            help="Folder of checkpoints, or a URL (s3://...). Default: one in the storage folder.",
+        ),
+    ] = None,
+    branch_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Begin with the steps of another run's checkpoint, taken before its rate fell.",
         ),
     ] = None,
     storage: StorageOption = None,
@@ -180,14 +188,15 @@ def train(
     Several workers are started by torchrun.
     """
     from thriftlm.config_file import ConfigFile
-    from thriftlm.review.single_run import train_alone
+    from thriftlm.review.single_run import branch, checkpoint_location, train_alone
     from thriftlm.search.storage import storage as storage_at
     from thriftlm.spec import RunSpec
 
-    spec = ConfigFile.read(run, overrides).parse(RunSpec)
+    trunk = checkpoint_location(branch_from)
+    spec = branch(ConfigFile.read(run, overrides).parse(RunSpec), trunk)
     place = storage_at(storage)
-    folder = (output or place.runs / f"{run.stem}-{spec.trial_id}").resolve()
-    summary = train_alone(spec, cache=place.data, output=folder, quiet=as_json)
+    folder = checkpoint_location(output) or place.runs / f"{run.stem}-{spec.trial_id}"
+    summary = train_alone(spec, cache=place.data, output=folder, branch_from=trunk, quiet=as_json)
     if summary is None:  # not the first rank
         return
     if as_json:

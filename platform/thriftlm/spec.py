@@ -35,7 +35,7 @@ __all__ = [
     "SystemSpec",
 ]
 
-ADDED_FIELDS = frozenset({"cpu_offload", "momentum"})
+ADDED_FIELDS = frozenset({"cpu_offload", "momentum", "trunk_tokens"})
 """Fields that came after searches had been run: no part of an identity at their default."""
 Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
 Status = Literal["running", "done", "stopped", "oom", "diverged"]
@@ -76,6 +76,9 @@ class OptimSpec(Spec):
     """Learning rate at the end, as a share of the peak."""
     batch_tokens: PositiveInt = 32_768
     """Tokens per optimizer step over all workers."""
+    trunk_tokens: PositiveInt | None = None
+    """Horizon of the run that this one branches from: `warmup_fraction` counts of it, so that both
+    warm up alike. When not given, of this run's own tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,6 +86,10 @@ class OptimSpec(Spec):
             raise ValueError(
                 "warmup_fraction + decay_fraction must not exceed 1: "
                 f"{self.warmup_fraction} + {self.decay_fraction}"
+            )
+        if self.trunk_tokens is not None and self.schedule == "cosine":
+            raise ValueError(
+                "trunk_tokens needs a schedule with a stable part, got cosine; use wsd or constant"
             )
         return self
 
@@ -208,6 +215,11 @@ class RunSpec(Spec):
     """Tokens between two reports; a twentieth of the run when not given."""
     checkpoint_every_tokens: PositiveInt | None = None
     """Tokens between two checkpoints; when not given, one at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints are kept; no part of the run's identity."""
+    keep_every_tokens: PositiveInt | None = None
+    """The first checkpoint at or after each multiple of it is kept too, to branch from; no part of
+    the run's identity."""
     validation_tokens: PositiveInt = 65_536
     """Tokens of the validation split read at each report, always the same ones."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
@@ -245,6 +257,15 @@ class RunSpec(Spec):
                 "profile_steps must be the first and the last of the run's steps to record: "
                 f"{list(recorded)} in a run of {self.steps} steps"
             )
+        if self.optim.trunk_tokens is not None:
+            warmup = self.optim.warmup_fraction * self.optim.trunk_tokens
+            stable_end = (1 - self.optim.decay_fraction) * self.tokens
+            if self.optim.schedule == "wsd" and warmup > stable_end:
+                raise ValueError(
+                    "the warm-up must end before the decay begins: "
+                    f"warmup_fraction x trunk_tokens = {warmup:,.0f} tokens, decay from "
+                    f"{stable_end:,.0f} on; raise tokens or lower decay_fraction"
+                )
         longest = self.model.max_positions
         if longest is not None and self.data.seq_len > longest:
             raise ValueError(
@@ -359,7 +380,13 @@ class Measurement(Spec):
     curve: tuple[Progress, ...]
     """All reports in order, the last included."""
     checkpoint: str | None
-    """Folder of the last complete checkpoint."""
+    """Folder or URL of the last complete checkpoint."""
+    checkpoint_failures: tuple[str, ...] = ()
+    """Checkpoints that could not be written, each with the reason; the run went on."""
+    earlier_seconds: NonNegativeFloat = 0.0
+    """Wall clock of this run's earlier starts, as far as their checkpoints know."""
+    earlier_usd: NonNegativeFloat = 0.0
+    """What they cost, at the prices they ran at."""
 
     @property
     def status(self) -> Status:

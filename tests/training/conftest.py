@@ -57,17 +57,17 @@ class Bench:
     def train(
         self,
         spec: RunSpec,
-        output: Path,
+        output: Path | str,
         *,
         stop_at: int | None = None,
-        resume_from: Path | None = None,
+        **more: Any,
     ) -> Measurement:
         """What a run in this process measured; `stop_at` is the step of the report that ends it."""
 
         def report(progress: Progress, written: Path | None) -> Decision:
             return Decision.STOP if progress.step == stop_at else Decision.CONTINUE
 
-        return train(spec, report, cache=self.cache, output=output, resume_from=resume_from)
+        return train(spec, report, cache=self.cache, output=output, **more)
 
 
 @pytest.fixture(scope="session")

@@ -62,10 +62,10 @@ def open_model(path: Path) -> TrainedModel:
             raise InputError(f"{path} cannot be read: {error}; download it again") from error
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
-    if (path / checkpoint.STATE).is_file():
+    if (path / checkpoint.STATE).is_file() or checkpoint.is_name(path):
         found = path
     elif (newest := checkpoint.latest(path)) is not None:
-        found = newest
+        found = Path(newest)
     else:
         raise InputError(
             f"{path}: no checkpoint here; give a step_... folder of a run, the run's folder, or a "

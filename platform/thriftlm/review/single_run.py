@@ -18,14 +18,22 @@ from thriftlm.review.wording import optional, usd
 from thriftlm.search.storage import writable
 from thriftlm.spec import Measurement, Progress, RunSpec
 from thriftlm.training import checkpoint
+from thriftlm.training.checkpoint_files import Location
 from thriftlm.training.loop import Decision, OutOfMemoryOnOneRankError, Report, train
 
 
-def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dict[str, Any] | None:
+def train_alone(
+    spec: RunSpec,
+    *,
+    cache: Path,
+    output: Location,
+    quiet: bool,
+    branch_from: Location | None = None,
+) -> dict[str, Any] | None:
     """What `thriftlm train --json` prints; None on every rank but the first.
 
-    Goes on from the newest checkpoint in `output`. `usd` is what this start cost, not what earlier
-    ones did.
+    Goes on from the newest checkpoint in `output`, else begins at `branch_from`. `usd` is what this
+    start cost, `usd_total` what all of them did.
 
     Raises:
         InputError: `output` cannot be written, or the system has no price; and what `train` raises.
@@ -34,15 +42,25 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
     first = os.environ.get("RANK", "0") == "0"
     console = plain_console(sys.stderr if quiet else sys.stdout)
     console.quiet = not first
-    if first:
+    if first and isinstance(output, Path):
         writable(output)
     usd_per_hour = prices.usd_per_hour(spec.system) if first else 0.0  # refused before it trains
-    resume_from = checkpoint.latest(output)
-    if resume_from is not None:
-        console.print(f"going on from {resume_from}", soft_wrap=True, markup=False)
+    newest = checkpoint.latest(output) if first else None
+    if newest is not None:
+        console.print(f"going on from {newest}", soft_wrap=True, markup=False)
+    elif branch_from is not None:
+        console.print(f"branching from {branch_from}", soft_wrap=True, markup=False)
     with stoppable(spec, console) as report:
         try:
-            measured = train(spec, report, cache=cache, output=output, resume_from=resume_from)
+            measured = train(
+                spec,
+                report,
+                cache=cache,
+                output=output,
+                go_on=True,
+                branch_from=branch_from,
+                usd_per_hour=usd_per_hour,
+            )
         except OutOfMemoryOnOneRankError as error:
             if not first:
                 raise SystemExit(f"error: {error}") from None  # torchrun then ends the others
@@ -58,6 +76,20 @@ def train_alone(spec: RunSpec, *, cache: Path, output: Path, quiet: bool) -> dic
     return found
 
 
+def checkpoint_location(given: str | None) -> Location | None:
+    """An option's folder as an absolute path, or its URL as it is."""
+    return given if given is None or "://" in given else Path(given).resolve()
+
+
+def branch(spec: RunSpec, trunk: Location | None) -> RunSpec:
+    """The run, with the warm-up of its trunk when it has one.
+
+    Raises:
+        InputError: the trunk is no checkpoint, or a folder of several.
+    """
+    return spec if trunk is None else checkpoint.branch_of(spec, trunk)
+
+
 @contextmanager
 def stoppable(spec: RunSpec, console: Console) -> Iterator[Report]:
     """A report that prints, and says stop after a first Ctrl-C; a second one ends at once."""
@@ -70,7 +102,7 @@ def stoppable(spec: RunSpec, console: Console) -> Iterator[Report]:
         asked = True
         console.print("stopping at the next report; once more to stop now")
 
-    def report(progress: Progress, written: Path | None) -> Decision:
+    def report(progress: Progress, written: Location | None) -> Decision:
         console.print(line(progress, spec), soft_wrap=True, markup=False)
         return Decision.STOP if asked else Decision.CONTINUE
 
@@ -121,7 +153,11 @@ def outcome(measured: Measurement, cost: float) -> Iterator[tuple[str, str]]:
         yield "skipped", f"{skipped} steps with gradients that are not finite"
     yield "peak memory", f"{optional(last.peak_mem_gb, '.2f')} GB"
     yield "cost", usd(cost)
+    if measured.earlier_usd:
+        yield "with earlier", f"{usd(measured.earlier_usd + cost)} over all starts"
     yield "checkpoint", measured.checkpoint or "none"
+    for failure in measured.checkpoint_failures:
+        yield "not written", failure
     if measured.trace is not None:
         yield "trace", measured.trace
 
@@ -144,7 +180,7 @@ def middle(values: Iterable[float | None]) -> float | None:
 
 
 def summary(measured: Measurement, cost: float) -> dict[str, Any]:
-    """What `--json` prints of a run; `usd` is `cost`."""
+    """What `--json` prints of a run; `usd` is `cost`, of this start."""
     last, curve = measured.final, measured.curve
     return {
         "status": last.status,
@@ -161,6 +197,8 @@ def summary(measured: Measurement, cost: float) -> dict[str, Any]:
         "data_wait_fraction": middle(p.data_wait_fraction for p in curve),
         "communication_fraction": middle(p.communication_fraction for p in curve),
         "usd": cost,
+        "usd_total": measured.earlier_usd + cost,
         "checkpoint": measured.checkpoint,
+        "checkpoint_failures": list(measured.checkpoint_failures),
         "trace": measured.trace,
     }

@@ -48,7 +48,6 @@ class StopBoard:
 
 def train_on_worker(config: dict[str, Any]) -> str:
     """The Ray Train worker: trains its rank and returns the measurement as JSON."""
-    from thriftlm.training import checkpoint
     from thriftlm.training.loop import Decision, OutOfMemoryOnOneRankError, train
 
     board, trial_id = config["board"], config["trial_id"]
@@ -56,7 +55,7 @@ def train_on_worker(config: dict[str, Any]) -> str:
     spec = RunSpec.model_validate_json(config["run"]).model_copy(update=origin)
     rank = ray_train.get_context().get_world_rank()
 
-    def report(progress: Progress, written: Path | None) -> Decision:
+    def report(progress: Progress, written: Path | str | None) -> Decision:
         if progress.tokens <= config["known_tokens"]:
             return Decision.CONTINUE  # a resumed run reports its whole curve again
         ray_train.report(
@@ -77,7 +76,7 @@ def train_on_worker(config: dict[str, Any]) -> str:
             report,
             cache=Path(config["cache"]),
             output=output,
-            resume_from=checkpoint.latest(output),
+            go_on=True,
         )
     except OutOfMemoryOnOneRankError as error:
         ray.get(board.note_memory.remote(trial_id, str(error)), timeout=BOARD_PATIENCE_SECONDS)

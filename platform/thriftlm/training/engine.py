@@ -6,23 +6,19 @@ losses of the single process.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
-from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from thriftlm.spec import InputError, RunSpec
+from thriftlm.training.engine_state import State, load_torch_state, torch_state
 from thriftlm.training.optimizer import optimizers, set_lr
 from thriftlm.training.ranks import Ranks, needs_group
 from thriftlm.training.sharding import spread
@@ -48,11 +44,11 @@ class Engine(Protocol):
     def evaluating(self) -> AbstractContextManager[None]:
         """A context without gradients."""
 
-    def save(self, folder: Path) -> None:
-        """Write parameters and optimizer state; all ranks call it."""
+    def state(self) -> State:
+        """This rank's part of parameters and optimizer, to write; all ranks call it."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; all ranks call it."""
+        """Read a checkpoint, whatever strategy wrote it; all ranks call it."""
 
 
 def check_attention(spec: RunSpec, device: torch.device) -> None:
@@ -95,6 +91,7 @@ class TorchEngine:
     def __init__(self, module: nn.Module, spec: RunSpec, ranks: Ranks) -> None:
         self.spec = spec
         self.device = ranks.device
+        self.ranks = ranks
         self.module = module
         self.optimizers = optimizers(module, spec)
         # FSDP2 casts by its own policy; elsewhere autocast does.
@@ -138,46 +135,10 @@ class TorchEngine:
         with torch.no_grad():
             yield
 
-    def save(self, folder: Path) -> None:
-        """Write with torch's distributed checkpoint: readable at any world size."""
-        model, optimizer = get_state_dict(self.module, self.optimizers)
-        with without_group_warning():
-            save_checkpoint(
-                {"model": model, "optimizer": optimizer},
-                checkpoint_id=folder,
-                no_dist=not dist.is_initialized(),
-            )
+    def state(self) -> State:
+        """This rank's part, the live tensors."""
+        return torch_state(self.module, self.optimizers, self.ranks)
 
     def load(self, folder: Path) -> None:
         """Read into the present layout, whatever layout wrote it."""
-        model, optimizer = get_state_dict(self.module, self.optimizers)
-        with without_group_warning():
-            load_checkpoint(
-                {"model": model, "optimizer": optimizer},
-                checkpoint_id=folder,
-                no_dist=not dist.is_initialized(),
-            )
-        set_state_dict(
-            self.module, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
-        )
-
-
-def load_weights(decoder: Decoder, folder: Path, *, by_deepspeed: bool) -> None:
-    """Fill a model that is whole in this process with the weights an engine saved."""
-    if by_deepspeed:
-        from thriftlm.training.zero import whole_weights
-
-        decoder.load_state_dict(whole_weights(folder))
-        return
-    weights = decoder.state_dict()
-    with without_group_warning():
-        load_checkpoint({"model": weights}, checkpoint_id=folder, no_dist=True)
-    decoder.load_state_dict(weights)
-
-
-@contextmanager
-def without_group_warning() -> Iterator[None]:
-    """A context without torch's warning that a single process writes a checkpoint alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        load_torch_state(self.module, self.optimizers, folder)

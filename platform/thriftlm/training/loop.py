@@ -2,6 +2,7 @@
 
 import math
 import resource
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -13,10 +14,13 @@ from thriftlm import catalog
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
 from thriftlm.training import checkpoint
 from thriftlm.training.batches import Batches, validation_batches
+from thriftlm.training.checkpoint_files import Location
+from thriftlm.training.checkpoint_writer import Writer
 from thriftlm.training.divergence import Divergence
 from thriftlm.training.engine import build_engine, check_attention
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
+from thriftlm.training.shard_files import TOKENIZER
 from thriftlm.training.shards import Shards, build
 from thriftlm.training.telemetry import Interval, Reading, Telemetry
 from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
@@ -37,8 +41,11 @@ class Decision(Enum):
     STOP = "stop"
 
 
-Report = Callable[[Progress, Path | None], Decision]
-"""Called on every rank at each report, with the checkpoint when one was just written."""
+Report = Callable[[Progress, Location | None], Decision]
+"""Called on every rank at each report, with the checkpoint when one was completed since the last.
+
+Checkpoints are written in the background: it may be one of an earlier step.
+"""
 
 
 class OutOfMemoryOnOneRankError(Exception):
@@ -50,7 +57,15 @@ class OutOfMemoryOnOneRankError(Exception):
 
 
 def train(
-    spec: RunSpec, report: Report, *, cache: Path, output: Path, resume_from: Path | None = None
+    spec: RunSpec,
+    report: Report,
+    *,
+    cache: Path,
+    output: Location,
+    go_on: bool = False,
+    resume_from: Location | None = None,
+    branch_from: Location | None = None,
+    usd_per_hour: float = 0.0,
 ) -> Measurement:
     """What the run measured; running out of memory and diverging are results, not errors.
 
@@ -60,8 +75,12 @@ def train(
         spec: the run.
         report: called on every rank at each report.
         cache: folder of token shards; built when missing.
-        output: folder for checkpoints.
-        resume_from: a checkpoint to go on from.
+        output: folder for checkpoints, or the URL of one in an object store.
+        go_on: go on from the newest undamaged checkpoint in `output`, if there is one.
+        resume_from: a checkpoint of this run to go on from.
+        branch_from: a checkpoint of another run, whose steps so far are this one's too
+            (`schedule`); only where `output` has none to go on from.
+        usd_per_hour: of everything billed, for the ledger in the checkpoints.
 
     Raises:
         InputError: wrong number of processes, no such GPU, bad corpus, vocabulary smaller than the
@@ -69,9 +88,10 @@ def train(
         OutOfMemoryOnOneRankError: out of memory in a run of several ranks.
     """
     with joined(spec.system) as ranks:
-        run = Run(spec, report, ranks, output)
+        run = Run(spec, report, ranks, output, usd_per_hour)
         try:
-            run.set_up(cache, resume_from)
+            run.set_up(cache)
+            run.find_beginning(output if go_on else None, resume_from, branch_from)
             return run.go()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -89,17 +109,34 @@ def train(
 class Run:
     """One run in progress on one rank."""
 
-    def __init__(self, spec: RunSpec, report: Report, ranks: Ranks, output: Path) -> None:
-        self.spec, self.report, self.ranks, self.output = spec, report, ranks, output
+    def __init__(
+        self,
+        spec: RunSpec,
+        report: Report,
+        ranks: Ranks,
+        output: Location,
+        usd_per_hour: float = 0.0,
+    ) -> None:
+        self.spec, self.report, self.ranks = spec, report, ranks
+        self.begin, self.usd_per_hour = time.perf_counter(), usd_per_hour
+        self.earlier = checkpoint.Spent()
+        self.parent: checkpoint.Parent | None = None
+        every = spec.keep_every_tokens
+        self.writer = Writer(
+            output,
+            ranks,
+            last=spec.keep_checkpoints,
+            every_steps=None if every is None else steps_of(every, spec),
+        )
         self.step = 0
-        self.telemetry = Telemetry(spec, ranks, output)
+        traces = output if isinstance(output, Path) else Path.cwd()
+        self.telemetry = Telemetry(spec, ranks, traces)
         self.divergence = Divergence()
         self.curve: list[Progress] = []
-        self.saved: Path | None = None
-        self.saved_step = 0
+        self.saved_step = 0  # of the last one that was begun: the same on all ranks
 
-    def set_up(self, cache: Path, resume_from: Path | None) -> None:
-        """Data, weights and, when resuming, where the run had been."""
+    def set_up(self, cache: Path) -> None:
+        """Data and weights."""
         spec, ranks = self.spec, self.ranks
         check_attention(spec, ranks.device)
         self.shards = build(spec.data, cache)
@@ -114,10 +151,24 @@ class Run:
             world_size=ranks.world_size,
             seed=spec.seed,
         )
+
+    def find_beginning(
+        self, own: Location | None, resume_from: Location | None, branch_from: Location | None
+    ) -> None:
+        """Where the run had been: by a given checkpoint, its own last one, or its trunk's."""
+        engine, spec, ranks = self.engine, self.spec, self.ranks
         if resume_from is not None:
-            state = checkpoint.load(resume_from, self.engine, spec)
-            self.step = self.saved_step = state.step
-            self.curve, self.saved = list(state.curve), resume_from
+            state, address = checkpoint.load_named(resume_from, engine, spec, ranks), resume_from
+        elif own is not None and (found := checkpoint.resume(own, engine, spec, ranks)):
+            state, address = found
+        elif branch_from is not None:
+            state = checkpoint.load_named(branch_from, engine, spec, ranks, branch=True)
+            address = branch_from
+        else:
+            return
+        self.step = self.saved_step = state.step
+        self.curve, self.earlier, self.parent = list(state.curve), state.spent, state.parent
+        self.writer.written = address
 
     def go(self) -> Measurement:
         """Train from the present step to the end, a stop or a failure.
@@ -125,9 +176,9 @@ class Run:
         A resumed run first reports what it had measured before: whoever listens may have been
         killed after the checkpoint and before hearing of it.
         """
-        answers = [self.report(progress, self.saved) for progress in self.curve]
+        answers = [self.report(progress, self.writer.written) for progress in self.curve]
         if self.curve and self.curve[-1].status != "running":
-            return self.measurement()
+            return self.end()
         if self.ranks.any(Decision.STOP in answers):
             return self.stop()
         report_steps = steps_of(self.spec.report_every_tokens, self.spec)
@@ -136,10 +187,13 @@ class Run:
             progress = self.advance(until)
             self.curve.append(progress)
             over = progress.status != "running"
-            written = self.save() if self.is_checkpoint_due(over) else None
-            decision = self.report(progress, written)
+            if self.is_checkpoint_due(over):
+                self.save()
             if over:
-                return self.measurement()
+                self.writer.wait()
+            decision = self.report(progress, self.writer.news())
+            if over:
+                return self.end()
             if self.ranks.any(decision is Decision.STOP):
                 return self.stop()
 
@@ -148,6 +202,11 @@ class Run:
         if self.saved_step < self.step:
             self.save()
         self.curve[-1] = self.curve[-1].model_copy(update={"status": "stopped"})
+        return self.end()
+
+    def end(self) -> Measurement:
+        """All that was measured, once the last checkpoint is written."""
+        self.writer.close()
         return self.measurement()
 
     def out_of_memory(self, reason: str) -> Measurement:
@@ -159,6 +218,8 @@ class Run:
             detail=reason,
         )
         self.curve.append(progress)
+        if self.ranks.world_size == 1:
+            self.writer.wait()
         return self.measurement()
 
     def advance(self, until: int) -> Progress:
@@ -252,21 +313,33 @@ class Run:
             return False
         return self.step - self.saved_step >= steps_of(every, self.spec)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state."""
-        state = checkpoint.RunState(run=self.spec, step=self.step, curve=tuple(self.curve))
-        self.saved = checkpoint.save(
-            self.output, self.engine, self.ranks, state, self.shards.tokenizer_path
+    def save(self) -> None:
+        """Begin a checkpoint of the present state."""
+        seconds = time.perf_counter() - self.begin
+        state = checkpoint.RunState(
+            run=self.spec,
+            step=self.step,
+            tokens=self.step * self.spec.optim.batch_tokens,
+            curve=tuple(self.curve),
+            spent=self.earlier.plus(seconds, self.usd_per_hour),
+            parent=self.parent,
         )
+        texts = {
+            checkpoint.STATE: state.model_dump_json(),
+            TOKENIZER: self.shards.tokenizer_path.read_text(encoding="utf-8"),
+        }
+        self.writer.save(self.step, self.engine.state(), texts)
         self.saved_step = self.step
-        return self.saved
 
     def measurement(self) -> Measurement:
         """All that was measured so far."""
         return Measurement(
             final=self.curve[-1],
             curve=tuple(self.curve),
-            checkpoint=str(self.saved) if self.saved else None,
+            checkpoint=str(self.writer.written) if self.writer.written else None,
+            checkpoint_failures=tuple(self.writer.failures),
+            earlier_seconds=self.earlier.seconds,
+            earlier_usd=self.earlier.usd,
         )
 
 

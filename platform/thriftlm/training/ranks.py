@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,13 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer everywhere."""
         return self.sum(float(flag))[0] > 0
+
+    def same(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        held = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(held)
+        return held[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

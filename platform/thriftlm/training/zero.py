@@ -6,10 +6,9 @@ gradient clipping defaults to 1.0. So each one that touches the numbers is set h
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ import deepspeed
 from deepspeed.utils import set_z3_leaf_modules
 
 from thriftlm.spec import RunSpec
+from thriftlm.training.engine_state import State
 from thriftlm.training.optimizer import adamw, set_lr
 from thriftlm.training.ranks import Ranks
+from thriftlm.training.zero_state import load_zero_state, zero_state
 from thriftlm_models.decoder import Block, Decoder
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -33,13 +34,13 @@ if os.environ["DS_ACCELERATOR"] == "cpu":
     deepspeed.ops.__compatible_ops__ = {}
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-TAG = "zero"
 
 
 class ZeroEngine:
     """ZeRO stage 1 (optimizer state), 2 (and gradients) or 3 (and parameters)."""
 
     def __init__(self, model: Decoder, spec: RunSpec, ranks: Ranks) -> None:
+        self.ranks = ranks
         deepspeed.init_distributed(
             dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
         )
@@ -77,24 +78,13 @@ class ZeroEngine:
             yield
         self.engine.train()
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's own format: one file a rank, readable at the same world size."""
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def state(self) -> State:
+        """This rank's share of the whole parameters and moments."""
+        return zero_state(self.engine, self.ranks)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if loaded is None:
-            raise FileNotFoundError(f"no ZeRO checkpoint in {folder}")
-
-
-def whole_weights(folder: Path) -> dict[str, Tensor]:
-    """The fp32 parameters of a checkpoint that any number of ranks wrote, put together."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(sys.stderr):  # it prints
-        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return found
+        """Read into the present stage and number of ranks, whatever wrote it."""
+        load_zero_state(self.engine, self.ranks, folder)
 
 
 def autocast(spec: RunSpec) -> dict[str, Any]:

@@ -26,11 +26,8 @@ def test_recipes_of_before_the_new_fields_keep_their_ids() -> None:
 @pytest.mark.parametrize(
     "changed", [{"packing": "best_fit"}, {"document_mask": True}, {"max_bytes": 1000}]
 )
-def test_each_new_field_is_written_out_and_counts_where_it_says_something(changed: dict) -> None:
-    (name,) = changed
-    assert name in ADDED_FIELDS
-    assert name in run(**changed).model_dump()["data"]
-    assert name not in run().model_dump()["data"]
+def test_each_new_field_counts_where_it_says_something(changed: dict) -> None:
+    assert set(changed) <= ADDED_FIELDS
     assert run(**changed).recipe_id != run().recipe_id
     assert RunSpec.model_validate_json(run(**changed).model_dump_json()) == run(**changed)
 

@@ -15,9 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -38,6 +36,8 @@ __all__ = [
     "SystemSpec",
 ]
 
+ADDED_FIELDS = frozenset({"max_bytes", "packing", "document_mask"})
+"""Fields that came after searches had been run: no part of an identity at their default."""
 Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
 Status = Literal["running", "done", "stopped", "oom", "diverged"]
 Fraction = float
@@ -50,12 +50,6 @@ NOT_YET: dict[str, str] = {
     "bf16_true": "pure bf16 without fp32 masters is not built yet; use amp_bf16",
 }
 """Values the design names that this version refuses, each with the way out."""
-
-ADDED_FIELDS = ("max_bytes", "packing", "document_mask")
-"""Fields of `DataSpec` that runs recorded before they existed do not have.
-
-A default among them says nothing and is not written out: the ids of recipes stay what they were.
-"""
 
 
 class InputError(Exception):
@@ -131,15 +125,6 @@ class DataSpec(Spec):
                 raise ValueError(f"a mixture maps each corpus to its weight, got {wrong[0]!r}")
             value = corpora.mixture(value)
         return corpora.one_spelling(value) if isinstance(value, str) else value
-
-    @model_serializer(mode="wrap")
-    def _without_new_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields; one of `ADDED_FIELDS` is left out at its default, so that ids stay."""
-        fields: dict[str, Any] = serialize(self)
-        for name in ADDED_FIELDS:
-            if fields.get(name, ...) == type(self).model_fields[name].default:
-                del fields[name]
-        return fields
 
     def anchored(self, folder: Path) -> "DataSpec":
         """The same data with relative paths taken from `folder`: workers have folders of their own.
@@ -293,12 +278,15 @@ class RunSpec(Spec):
     @property
     def recipe_id(self) -> str:
         """Identity of the loss curve: model, optimizer, data and seed, whatever it runs on."""
-        return digest(self.model_dump(include={"model", "optim", "data", "seed"}))
+        sections = {"model": self.model, "optim": self.optim, "data": self.data}
+        return digest(
+            {name: identity(spec) for name, spec in sections.items()} | {"seed": self.seed}
+        )
 
     @property
     def trial_id(self) -> str:
         """Identity of the recipe on one system."""
-        return digest({"recipe": self.recipe_id, "system": self.system.model_dump()})
+        return digest({"recipe": self.recipe_id, "system": identity(self.system)})
 
 
 class Progress(Spec):
@@ -359,6 +347,16 @@ def refuse_not_yet(value: str) -> str:
     if value in NOT_YET:
         raise ValueError(NOT_YET[value])
     return value
+
+
+def identity(spec: Spec) -> dict[str, Any]:
+    """The fields that identity is the hash of."""
+    fields = type(spec).model_fields
+    return {
+        name: value
+        for name, value in spec.model_dump().items()
+        if name not in ADDED_FIELDS or value != fields[name].default
+    }
 
 
 def vocab_from_tokenizer(model: Any, data: Any) -> Any:

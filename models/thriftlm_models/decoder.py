@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftlm_models.attention import kernel, pinned
+from thriftlm_models.attention import documents_for, kernel, pinned
 from thriftlm_models.cache import Cache, CachedLayer
 from thriftlm_models.config import GATED, ModelSpec
+from thriftlm_models.documents import Documents, Packing
 from thriftlm_models.initial import init_weights
 from thriftlm_models.loss import linear_cross_entropy
 from thriftlm_models.recomputation import with_recomputation
@@ -66,7 +67,13 @@ class Attention(nn.Module):
                 for _ in range(2)
             )
 
-    def forward(self, x_BTD: Tensor, rotate: Rotation | None, cached: CachedLayer | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotate: Rotation | None,
+        cached: CachedLayer | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """What attention adds to the residual stream, (B, T, D)."""
         heads_BTHC = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk_BTHC, v_BTKC = heads_BTHC.tensor_split([self.n_heads + self.n_kv_heads], dim=2)
@@ -77,18 +84,23 @@ class Attention(nn.Module):
             qk_BTHC = rotate(qk_BTHC)
         q_BTHC, k_BTKC = qk_BTHC.tensor_split([self.n_heads], dim=2)
         q_BHTC, k_BKTC, v_BKTC = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
-        attended_BHTC = self.attend(q_BHTC, k_BKTC, v_BKTC, cached)
+        attended_BHTC = self.attend(q_BHTC, k_BKTC, v_BKTC, cached, documents)
         result: Tensor = self.out(attended_BHTC.transpose(1, 2).flatten(2))
         return result
 
     def attend(
-        self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, cached: CachedLayer | None
+        self,
+        q_BHTC: Tensor,
+        k_BKTC: Tensor,
+        v_BKTC: Tensor,
+        cached: CachedLayer | None,
+        documents: Documents | None,
     ) -> Tensor:
         """Attention output (B, H, T, C), over what the cache holds too."""
         if cached is None or cached.is_empty:
             if cached is not None:
                 cached.append(k_BKTC, v_BKTC, self.window)
-            return self.kernel(q_BHTC, k_BKTC, v_BKTC, self.window, self.scale)
+            return self.kernel(q_BHTC, k_BKTC, v_BKTC, self.window, self.scale, documents)
         # One new token, which sees all that the slot still holds.
         k_BKSC, v_BKSC = cached.append(k_BKTC, v_BKTC, self.window)
         return F.scaled_dot_product_attention(
@@ -145,16 +157,26 @@ class Block(nn.Module):
         self.run = torch.compile(run) if compiled else run
 
     def forward(
-        self, x_BTD: Tensor, rotate: Rotation | None, cached: CachedLayer | None = None
+        self,
+        x_BTD: Tensor,
+        rotate: Rotation | None,
+        cached: CachedLayer | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The residual stream after this block, (B, T, D)."""
         run = self.run or self.compute
-        return run(x_BTD, rotate, cached)
+        return run(x_BTD, rotate, cached, documents)
 
-    def compute(self, x_BTD: Tensor, rotate: Rotation | None, cached: CachedLayer | None) -> Tensor:
+    def compute(
+        self,
+        x_BTD: Tensor,
+        rotate: Rotation | None,
+        cached: CachedLayer | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """What `forward` gives, plainly."""
         if self.attends:
-            added_BTD = self.attention(self.attention_norm(x_BTD), rotate, cached)
+            added_BTD = self.attention(self.attention_norm(x_BTD), rotate, cached, documents)
             x_BTD = x_BTD + self.attention_post_norm(added_BTD)
         added_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         result: Tensor = x_BTD + self.feed_forward_post_norm(added_BTD)
@@ -169,14 +191,22 @@ class Decoder(nn.Module):
     output head are parameters of the decoder itself, not of children: a tied table is used twice in
     `forward`, and FSDP and ZeRO-3 keep a module's own parameters gathered while it runs.
 
+    Args:
+        model: its shape.
+        attention: name of the kernel.
+        packing: how its sequences are made of documents; None where that plays no part.
+
     Raises:
         ValueError: unknown attention kernel.
     """
 
-    def __init__(self, model: ModelSpec, attention: str = "flash") -> None:
+    def __init__(
+        self, model: ModelSpec, attention: str = "flash", packing: Packing | None = None
+    ) -> None:
         super().__init__()
         self.spec = model
         self.attention = attention
+        self.packing = packing
         self.embedding = nn.Parameter(torch.empty(model.vocab, model.d_model))
         if model.positions == "learned":
             self.positions = nn.Parameter(torch.empty(model.max_positions or 0, model.d_model))
@@ -207,6 +237,10 @@ class Decoder(nn.Module):
         if self.spec.parametrization == "mup":
             hidden_BTD = hidden_BTD / self.spec.width_factor
         head_VD = self.embedding if self.spec.tie_embeddings else self.head
+        if targets_BT is not None and self.packing is not None:
+            targets_N = self.packing.counted(tokens_BT, targets_BT).flatten()
+            loss = linear_cross_entropy(hidden_BTD.flatten(0, 1), head_VD, targets_N, True)
+            return loss / self.packing.real_share
         if targets_BT is not None:
             return linear_cross_entropy(hidden_BTD.flatten(0, 1), head_VD, targets_BT.flatten())
         return F.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, head_VD)
@@ -214,19 +248,31 @@ class Decoder(nn.Module):
     def hidden(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D); to be called from `forward` only."""
         past = 0 if cache is None else cache.advance(tokens_BT.shape[1])
-        x_BTD = self.embed(tokens_BT, past)
+        documents = self.documents(tokens_BT) if cache is None else None
+        x_BTD = self.embed(tokens_BT, past, documents)
         rotations = self.rotations(tokens_BT, past)
         slots: Sequence[CachedLayer | None]
         slots = [None] * len(self.spec.schedule) if cache is None else cache.layers
         # A single new token needs no mask and runs on whatever SDPA chooses.
         with pinned(self.attention) if past == 0 else nullcontext():
             for index, slot in zip(self.spec.schedule, slots, strict=True):
-                x_BTD = self.blocks[index](x_BTD, rotations[index], slot)
+                x_BTD = self.blocks[index](x_BTD, rotations[index], slot, documents)
         result: Tensor = self.norm(x_BTD)
         return result
 
-    def embed(self, tokens_BT: Tensor, past: int) -> Tensor:
-        """What enters the first block, (B, T, D)."""
+    def documents(self, tokens_BT: Tensor) -> Documents | None:
+        """The documents that attention stays inside, None where it does not."""
+        if self.packing is None or not self.packing.document_mask:
+            return None
+        windows = {
+            self.spec.window if kind == "sliding" else None
+            for kind in self.spec.block_attention
+            if kind != "none"
+        }
+        return documents_for(self.attention, tokens_BT, self.packing.end_id, windows)
+
+    def embed(self, tokens_BT: Tensor, past: int, documents: Documents | None = None) -> Tensor:
+        """What enters the first block, (B, T, D); learned positions begin anew in each document."""
         x_BTD = F.embedding(tokens_BT, self.embedding)
         if self.spec.scale_embedding:
             x_BTD = x_BTD * math.sqrt(self.spec.d_model)
@@ -237,7 +283,9 @@ class Decoder(nn.Module):
                     f"the model has {len(self.positions)} learned positions, the sequence {end} "
                     "tokens; shorten it or set max_positions"
                 )
-            x_BTD = x_BTD + self.positions[past:end]
+            if documents is None:
+                return x_BTD + self.positions[past:end]
+            x_BTD = x_BTD + F.embedding(documents.position_BT, self.positions)
         return x_BTD
 
     def rotations(self, tokens_BT: Tensor, past: int) -> list[Rotation | None]:

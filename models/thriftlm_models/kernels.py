@@ -42,7 +42,10 @@ class Requirement:
     max_head_dim: int | None = None
     """Widest head."""
     windowed_head_multiple: int | None = 1
-    """What the width of heads must be a multiple of with sliding windows; None is no windows."""
+    """What the width of heads must be a multiple of with sliding windows or a document mask; None
+    is no windows."""
+    document_mask: bool = True
+    """Whether its attention can stay inside documents, by a mask or by their lengths."""
     package: str | None = None
     """What must be installed beside torch."""
 
@@ -50,10 +53,12 @@ class Requirement:
 REQUIREMENTS: dict[str, Requirement] = {
     "math": Requirement(on_cpu=True, fp32_on_cuda=True),
     # SDPA's kernels, torch 2.13: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. Flash pads
-    # heads to a multiple of 8, but not in `varlen_attn`, through which windows go.
+    # heads to a multiple of 8, but not in `varlen_attn`, through which windows and documents go.
     "flash": Requirement(on_cpu=True, oldest=8.0, max_head_dim=256, windowed_head_multiple=8),
     "efficient": Requirement(oldest=5.0, bf16_from=8.0, fp32_on_cuda=True),
-    "cudnn": Requirement(oldest=8.0, max_head_dim=128, windowed_head_multiple=None),
+    "cudnn": Requirement(
+        oldest=8.0, max_head_dim=128, windowed_head_multiple=None, document_mask=False
+    ),
     # Triton: inductor compiles no bf16 below 8.0, and flex takes no head below 16.
     "flex": Requirement(oldest=7.0, bf16_from=8.0, fp32_on_cuda=True, min_head_dim=16),
     "fa2": Requirement(oldest=8.0, max_head_dim=256, package="flash-attn"),
@@ -79,12 +84,16 @@ def requirement(name: str) -> Requirement:
     return REQUIREMENTS[name]
 
 
-def why_not(name: str, target: Target, head_dim: int, windowed: bool) -> str | None:
+def why_not(
+    name: str, target: Target, head_dim: int, windowed: bool, document_mask: bool = False
+) -> str | None:
     """Why the kernel cannot run on the target by what its makers say; None where it can."""
     needs = requirement(name)
     if target.device == "cpu":
         return None if needs.on_cpu else "it runs on CUDA alone"
-    return _why_not_device(needs, target) or _why_not_heads(needs, head_dim, windowed)
+    return _why_not_device(needs, target) or _why_not_heads(
+        needs, head_dim, windowed, document_mask
+    )
 
 
 def _why_not_device(needs: Requirement, target: Target) -> str | None:
@@ -104,22 +113,29 @@ def _why_not_device(needs: Requirement, target: Target) -> str | None:
     return None
 
 
-def _why_not_heads(needs: Requirement, head_dim: int, windowed: bool) -> str | None:
+def _why_not_heads(
+    needs: Requirement, head_dim: int, windowed: bool, document_mask: bool
+) -> str | None:
     if head_dim < needs.min_head_dim:
         return f"it takes heads of at least {needs.min_head_dim}, head_dim is {head_dim}"
     if needs.max_head_dim is not None and head_dim > needs.max_head_dim:
         return f"it takes heads of at most {needs.max_head_dim}, head_dim is {head_dim}"
     if windowed and needs.windowed_head_multiple is None:
         return "it has no sliding windows"
-    if windowed and head_dim % (needs.windowed_head_multiple or 1):
+    if document_mask and not needs.document_mask:
+        return "it cannot keep attention inside documents: set data.document_mask to false"
+    if (windowed or document_mask) and head_dim % (needs.windowed_head_multiple or 1):
+        what = "sliding windows" if windowed else "a document mask"
         return (
-            f"with sliding windows head_dim must be a multiple of {needs.windowed_head_multiple}, "
-            f"it is {head_dim}"
+            f"with {what} head_dim must be a multiple of {needs.windowed_head_multiple}, it is "
+            f"{head_dim}"
         )
     return None
 
 
-def check(name: str, model: ModelSpec, where: str, target: Target) -> None:
+def check(
+    name: str, model: ModelSpec, where: str, target: Target, document_mask: bool = False
+) -> None:
     """Nothing, where the kernel can run the model's attention by what its makers say.
 
     Raises:
@@ -127,7 +143,10 @@ def check(name: str, model: ModelSpec, where: str, target: Target) -> None:
     """
     windowed = "sliding" in model.block_attention
     refuse_unless_runs(
-        name, model, where, lambda other: why_not(other, target, model.head_dim, windowed)
+        name,
+        model,
+        where,
+        lambda other: why_not(other, target, model.head_dim, windowed, document_mask),
     )
 
 

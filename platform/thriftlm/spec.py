@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from thriftlm import corpora
 from thriftlm_models.config import ModelSpec, Spec
 from thriftlm_models.counts import FLOP_FORMULA
 
@@ -35,13 +36,13 @@ __all__ = [
     "SystemSpec",
 ]
 
-ADDED_FIELDS = frozenset({"cpu_offload", "momentum", "trunk_tokens"})
+ADDED_FIELDS = frozenset(
+    {"cpu_offload", "document_mask", "max_bytes", "momentum", "packing", "trunk_tokens"}
+)
 """Fields that came after searches had been run: no part of an identity at their default."""
 Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
 Status = Literal["running", "done", "stopped", "oom", "diverged"]
 Fraction = float
-
-BUILT_IN_CORPORA = ("python-stdlib",)
 
 
 class InputError(Exception):
@@ -98,32 +99,43 @@ class DataSpec(Spec):
     """Corpus, tokenizer and how sequences are cut."""
 
     corpus: str = "python-stdlib"
-    """Built-in name, or path or glob of text files (.txt, .md, .py, ...) or .jsonl."""
+    """Built-in name; path, folder or glob of text, JSONL (also .gz, .zst) or Parquet, with #field
+    where the text is in no `text`; hf://OWNER/NAME?config=C&split=S&column=T&revision=R; or a
+    mixture, `{A: 0.7, B: 0.3}` or `0.7 A + 0.3 B`: shares of the sequences."""
     tokenizer: str = "bpe:4096"
     """`bpe:N` trained on the training split, the path of a tokenizer.json, or a hub name."""
     seq_len: PositiveInt = 256
     """Tokens per sequence."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of documents, picked by their hash, held out for the validation loss."""
+    max_bytes: PositiveInt | None = None
+    """UTF-8 bytes of text that each corpus gives, from its beginning, in whole documents; all of it
+    when not given."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream` cuts windows through the documents in a row; `best_fit` keeps documents whole where
+    they fit (arXiv 2404.10830) and pads."""
+    document_mask: bool = False
+    """Whether attention stays inside a document."""
 
-    @field_validator("corpus")
+    @field_validator("corpus", mode="before")
     @classmethod
-    def _corpus(cls, value: str) -> str:
-        if value.startswith("hf://"):
-            raise ValueError("hf:// corpora are not built yet; use text or JSONL files by path")
-        return value
+    def _corpus(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            wrong = [item for item in value.values() if type(item) not in (int, float)]
+            if wrong:
+                raise ValueError(f"a mixture maps each corpus to its weight, got {wrong[0]!r}")
+            value = corpora.mixture(value)
+        return corpora.one_spelling(value) if isinstance(value, str) else value
 
     def anchored(self, folder: Path) -> "DataSpec":
         """The same data with relative paths taken from `folder`: workers have folders of their own.
 
-        Built-in corpora, `bpe:N` and hub names stay as they are.
+        Built-in corpora, hf://, `bpe:N` and hub names stay as they are.
         """
-        found = {}
-        if self.corpus not in BUILT_IN_CORPORA:
-            found["corpus"] = str(folder / self.corpus)
+        found = {"corpus": corpora.anchored(self.corpus, folder)}
         if self.tokenizer.endswith(".json"):
             found["tokenizer"] = str(folder / self.tokenizer)
-        return self.model_copy(update=found) if found else self
+        return self.model_copy(update=found)
 
     @property
     def bpe_vocab(self) -> int | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from thriftlm.spec import DataSpec, InputError
-from thriftlm.training.corpus import Document, corpus_fingerprint, documents, split, survey
+from thriftlm.training.corpus import corpus_fingerprint, documents, split, survey
+from thriftlm.training.sources import Document
 from thriftlm.training.tokenizer import (
     END_OF_DOCUMENT,
     encode,

@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from thriftlm.spec import DataSpec, InputError
-from thriftlm.training.corpus import SplitName, documents, split, survey
+from thriftlm.training.corpus import documents, split, survey
 from thriftlm.training.shards import Shards, build
+from thriftlm.training.sources import SplitName
 from thriftlm.training.tokenizer import train_bpe, vocab_size
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
@@ -24,9 +25,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from thriftlm.spec import DataSpec, InputError
-from thriftlm.training import shard_files, shards
+from thriftlm.training import encoding, shard_files, shards
 
-shards.GROUP_CHARS = 2000
+encoding.GROUP_CHARS = 2000
 shards.CHUNK_TOKENS = shard_files.CHUNK_TOKENS = 256
 
 def progress(stage, fraction):
@@ -100,7 +101,8 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 
 def visible(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if not path.name.startswith(".lock-"))
+    kept = (".lock-", ".survey-")
+    return sorted(path.name for path in cache.iterdir() if not path.name.startswith(kept))
 
 
 @contextmanager
@@ -158,7 +160,7 @@ def test_small_chunks_and_files_hold_the_same_tokens(
     monkeypatch.setattr("thriftlm.training.shards.CHUNK_TOKENS", chunk)
     monkeypatch.setattr("thriftlm.training.shard_files.CHUNK_TOKENS", chunk)
     monkeypatch.setattr("thriftlm.training.shard_files.FILE_CHUNKS", per_file)
-    monkeypatch.setattr("thriftlm.training.shards.GROUP_CHARS", 100)
+    monkeypatch.setattr("thriftlm.training.encoding.GROUP_CHARS", 100)
     cut = build(spec(corpus), tmp_path / "cut")
     monkeypatch.undo()  # what is written says how it is cut
     cut = Shards.open(cut.path)
@@ -179,7 +181,7 @@ def test_long_document_is_encoded_in_pieces(
     path = tmp_path / "a.txt"
     path.write_text(text)
     monkeypatch.setattr("thriftlm.training.tokenizer.PIECE_CHARS", 100)
-    monkeypatch.setattr("thriftlm.training.shards.GROUP_CHARS", 250)
+    monkeypatch.setattr("thriftlm.training.encoding.GROUP_CHARS", 250)
     shards = build(spec(path), tmp_path / "cache")
     assert texts_of(shards, "train") + texts_of(shards, "validation") == [
         text[: int(len(text) * 0.8)],

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from thriftlm import __version__, prices
+from thriftlm import __version__, corpora, prices
 from thriftlm.release.checkpoints import TrainedModel
-from thriftlm.spec import BUILT_IN_CORPORA, InputError, RunSpec
+from thriftlm.spec import InputError, RunSpec
 from thriftlm.training.checkpoint import RunState
 from thriftlm.training.tokenizer import END_NAMES
 from thriftlm_models import hf
@@ -136,9 +136,7 @@ def training_facts(state: RunState) -> list[tuple[str, str]]:
 def training_data(run: RunSpec) -> str:
     """The corpus by name, without the folders of the machine it lay on."""
     data = run.data
-    corpus, tokenizer = data.corpus, data.tokenizer
-    if corpus not in BUILT_IN_CORPORA:
-        corpus = Path(corpus).name
+    corpus, tokenizer = corpora.label(data.corpus), data.tokenizer
     if tokenizer.endswith(".json"):
         tokenizer = Path(tokenizer).name
     return f"{corpus}, tokenizer {tokenizer}, {data.seq_len} tokens a sequence"

@@ -22,7 +22,7 @@ from thriftlm.search.provenance import versions
 from thriftlm.search.space import Space
 from thriftlm.search.storage import writable
 from thriftlm.search.worker import StopBoard
-from thriftlm.spec import InputError, Progress, digest
+from thriftlm.spec import InputError, Progress, digest, identity
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -281,5 +281,5 @@ def prepare_data(space: Space, cache: Path, on_stage: OnStage) -> dict[str, int]
 
     unique = {}
     for data in space.data_specs():
-        unique[digest(data.model_dump())] = build(data, writable(cache), on_stage).unique_tokens
+        unique[digest(identity(data))] = build(data, writable(cache), on_stage).unique_tokens
     return unique

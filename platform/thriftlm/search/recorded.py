@@ -3,7 +3,7 @@
 from typing import Any
 
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import Progress, digest
+from thriftlm.spec import Progress, digest, identity
 from thriftlm_models.counts import non_embedding_params, stored_params
 
 
@@ -26,7 +26,7 @@ def _rows(trial: TrialState, unique: dict[str, int]) -> list[dict[str, Any]]:
         **trial.point,
         "params": stored_params(run.model),
         "non_embedding_params": non_embedding_params(run.model),
-        "unique_tokens": unique.get(digest(run.data.model_dump())),
+        "unique_tokens": unique.get(digest(identity(run.data))),
     }
     usd_per_hour = trial.allocations[-1].usd_per_hour
     last = trial.curve[-1] if trial.curve else None

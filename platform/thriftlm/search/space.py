@@ -151,7 +151,7 @@ class Space:
                 return cast(Rejected, built[name])
         return (
             self._unpriced(built["system"])
-            or self._unrunnable(built["model"], built["system"])
+            or self._unrunnable(built["model"], built["system"], built["data"])
             or self._constrained(built)
             or self._run(built, seed)
         )
@@ -188,10 +188,10 @@ class Space:
             return Rejected(str(error).split(";", maxsplit=1)[0], str(error))
         return None
 
-    def _unrunnable(self, model: ModelSpec, system: SystemSpec) -> Rejected | None:
+    def _unrunnable(self, model: ModelSpec, system: SystemSpec, data: DataSpec) -> Rejected | None:
         target = attention_target(system.gpu, system.precision)
         try:
-            kernels.check(system.attention, model, f"on {system.gpu}", target)
+            kernels.check(system.attention, model, f"on {system.gpu}", target, data.document_mask)
         except ValueError as error:
             return Rejected(str(error).split("; what can")[0], str(error))
         return None

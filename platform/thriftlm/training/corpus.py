@@ -1,63 +1,37 @@
 """Documents of a corpus in a fixed order, and which of them are held out for validation."""
 
-import glob
 import hashlib
-import json
-import os
-import sysconfig
+import time
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
 
-from thriftlm.spec import BUILT_IN_CORPORA, InputError
+from thriftlm.corpora import BUILT_IN_CORPORA, HUB, hub_corpus, path_and_field
+from thriftlm.spec import InputError, Spec, digest
+from thriftlm.training.hub import stream
+from thriftlm.training.shard_files import replace
+from thriftlm.training.sources import Document, SplitName, find_sources, read
 
-SplitName = Literal["train", "validation"]
-
-STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst", ".md"})
-STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "ensurepip", "__pycache__"})
-JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-FOLDER_SUFFIXES = (
-    STDLIB_SUFFIXES
-    | JSONL_SUFFIXES
-    | frozenset({".c", ".cc", ".cpp", ".css", ".go", ".h", ".hpp", ".html", ".java", ".jl", ".js"})
-    | frozenset({".kt", ".org", ".php", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift"})
-    | frozenset({".tex", ".text", ".ts"})
-)
-"""What a folder given as corpus contributes; a file or a glob takes whatever it names."""
+SETTLED_NS = 2_000_000_000
+"""Age from which the time of a file tells whether it has changed since: such clocks are coarse."""
 
 
-class Document(NamedTuple):
-    """One text of a corpus."""
-
-    name: str
-    """Path below the corpus' root, with `:line` for a line of JSONL."""
-    text: str
-    """Never blank, always encodable as UTF-8."""
-
-
-class Source(NamedTuple):
-    """One file of a corpus."""
-
-    name: str
-    """Path below the corpus' root."""
-    path: Path
-    """Where it lies."""
-
-
-class Survey(NamedTuple):
-    """What one pass over a corpus tells."""
+class Survey(Spec):
+    """What one pass over a corpus tells, or what its commit stands for."""
 
     fingerprint: str
-    """SHA-256 over the names and texts of all documents, in order."""
+    """SHA-256 over the names and texts of all documents, in order; of a hub's dataset, over its
+    name, commit and options."""
     documents: int
-    """Documents that are not blank."""
+    """Documents that are not blank; 0 where nobody has counted."""
     text_bytes: int
-    """UTF-8 bytes of all texts."""
+    """UTF-8 bytes of all texts; 0 where nobody has counted."""
     lowest_hash: int
-    """Smallest text hash."""
+    """Smallest text hash; 0 where not known."""
     highest_hash: int
-    """Largest text hash; equal to the smallest where all texts are the same."""
+    """Largest text hash, equal to the smallest where all texts are the same; 2^64 - 1 where not
+    known."""
+    is_counted: bool = True
+    """Whether it comes from a pass over the corpus."""
 
 
 class Fingerprint:
@@ -77,35 +51,93 @@ class Fingerprint:
         return self._hash.hexdigest()
 
 
-def documents(corpus: str) -> Iterator[Document]:
+def documents(corpus: str, max_bytes: int | None = None) -> Iterator[Document]:
     """The documents of a corpus, in the same order each time; blank ones are left out.
 
     `python-stdlib` is the library of the running interpreter, source and docs, without installed
     packages; files that are no UTF-8 (tests of codecs) are left out there and nowhere else.
-    Otherwise a path or a glob (`**` crosses folders): a folder stands for all text and JSONL files
-    below it, JSONL has one object with a "text" field a line, any other file is one document. A
-    file is read whole, so what is larger than memory belongs into JSONL.
+    `hf://` is streamed from the hub. Otherwise a path or a glob (`**` crosses folders): a folder
+    stands for all text, JSONL and Parquet files below it; JSONL (also .gz and .zst) has one object
+    with a "text" field a line, Parquet a column of that name, `#content` at the end of the corpus
+    names another; any other file is one document. Text files are read whole, so what is larger
+    than memory belongs into JSONL or Parquet.
+
+    Args:
+        corpus: one corpus, no mixture.
+        max_bytes: end with the document that reaches so many UTF-8 bytes of text.
 
     Raises:
         InputError: nothing is there, or it cannot be read (at once, or when the walk gets there).
     """
-    sources, skip_undecodable = _sources(corpus)
-    return (
-        document
-        for source in sources
-        for document in _read(source, skip_undecodable)
-        if document.text and not document.text.isspace()
-    )
+    if corpus.startswith(HUB):
+        found = stream(corpus)
+    else:
+        path, field = path_and_field(corpus)
+        sources = find_sources(path)
+        skip = path in BUILT_IN_CORPORA
+        found = (document for source in sources for document in read(source, field, skip))
+    kept = (document for document in found if document.text and not document.text.isspace())
+    return kept if max_bytes is None else _first(kept, max_bytes)
 
 
-def survey(corpus: str) -> Survey:
+def _first(found: Iterable[Document], max_bytes: int) -> Iterator[Document]:
+    taken = 0
+    for document in found:
+        yield document
+        taken += len(document.text.encode())
+        if taken >= max_bytes:
+            return
+
+
+def survey(corpus: str, max_bytes: int | None = None, cache: Path | None = None) -> Survey:
     """Fingerprint, size and range of text hashes of a corpus, in one pass over it.
+
+    A commit on the hub is its own fingerprint and is not read. With a `cache` folder, what was
+    found is kept there under name, size and time of each file, so that a corpus is read again only
+    when a file has changed.
 
     Raises:
         InputError: the corpus cannot be read or holds no text.
     """
+    if corpus.startswith(HUB):
+        named = hub_corpus(corpus)
+        if not named.is_local:
+            fingerprint = f"hub:{digest([*named, max_bytes])}"
+            return Survey(
+                fingerprint=fingerprint,
+                documents=0,
+                text_bytes=0,
+                lowest_hash=0,
+                highest_hash=2**64 - 1,
+                is_counted=False,
+            )
+    note = None if cache is None or corpus.startswith(HUB) else _note(corpus, max_bytes, cache)
+    if note is not None and note.exists():
+        return Survey.model_validate_json(note.read_text(encoding="utf-8"))
+    found = _read_all(corpus, max_bytes)
+    if note is not None and note == _note(corpus, max_bytes, note.parent):  # nothing changed since
+        replace(note, found.model_dump_json())
+    return found
+
+
+def _note(corpus: str, max_bytes: int | None, cache: Path) -> Path | None:
+    """Where the survey of the files as they are is kept; None while one is too young to tell."""
+    path, field = path_and_field(corpus)
+    try:
+        stats = [(name, place.stat()) for name, place in find_sources(path)]
+    except OSError:
+        return None
+    if max((stat.st_mtime_ns for _, stat in stats), default=0) > time.time_ns() - SETTLED_NS:
+        return None
+    root = str(Path(path).expanduser().absolute())
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    shown = [(name.encode("utf-8", "surrogateescape").hex(), *rest) for name, *rest in files]
+    return cache / f".survey-{digest([root, field, max_bytes, shown])}.json"
+
+
+def _read_all(corpus: str, max_bytes: int | None) -> Survey:
     fingerprint, count, text_bytes, lowest, highest = Fingerprint(), 0, 0, 2**64, -1
-    for document in documents(corpus):
+    for document in documents(corpus, max_bytes):
         fingerprint.add(document)
         count += 1
         text_bytes += len(document.text.encode())
@@ -113,7 +145,13 @@ def survey(corpus: str) -> Survey:
         lowest, highest = min(lowest, value), max(highest, value)
     if count == 0:
         raise InputError(f"data.corpus '{corpus}' holds no text: all its documents are blank")
-    return Survey(fingerprint.value, count, text_bytes, lowest, highest)
+    return Survey(
+        fingerprint=fingerprint.value,
+        documents=count,
+        text_bytes=text_bytes,
+        lowest_hash=lowest,
+        highest_hash=highest,
+    )
 
 
 def corpus_fingerprint(corpus: str) -> str:
@@ -144,98 +182,6 @@ def split(text: str, facts: Survey, validation_fraction: float) -> Iterator[tupl
     threshold = int(validation_fraction * 2**64)
     threshold = min(max(threshold, facts.lowest_hash + 1), facts.highest_hash)
     yield ("validation" if text_hash(text) < threshold else "train"), text
-
-
-def _sources(corpus: str) -> tuple[list[Source], bool]:
-    """The files of a corpus in order of name, and whether undecodable ones are left out."""
-    if corpus in BUILT_IN_CORPORA:
-        root = Path(sysconfig.get_path("stdlib"))
-        return _below(root, STDLIB_SUFFIXES, STDLIB_SKIPPED), True
-    path = Path(corpus).expanduser()
-    if path.is_file():
-        return [Source(path.name, path)], False
-    if path.is_dir():
-        found = _below(path, FOLDER_SUFFIXES, frozenset({"__pycache__"}))
-        return found or _nothing(f"data.corpus '{corpus}' is a folder without text files"), False
-    if glob.has_magic(corpus):
-        return _matching(path) or _nothing(f"data.corpus '{corpus}' matches no file"), False
-    near = get_close_matches(corpus, BUILT_IN_CORPORA, n=1)
-    hint = "; did you mean 'python-stdlib'?" if near else ""
-    return _nothing(f"data.corpus '{corpus}' does not exist{hint}"), False
-
-
-def _nothing(what: str) -> NoReturn:
-    raise InputError(
-        f"{what}; give python-stdlib, or the path or glob of text or JSONL files "
-        f"(relative ones start at {Path.cwd()})"
-    )
-
-
-def _below(root: Path, suffixes: Iterable[str], skipped: frozenset[str]) -> list[Source]:
-    found = []
-    for parent, folders, names in os.walk(root, onerror=_unreadable):
-        folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
-        paths = (Path(parent, name) for name in names if name[0] != ".")
-        found += [path for path in paths if path.suffix.lower() in suffixes]
-    return _named(found, root)
-
-
-def _matching(pattern: Path) -> list[Source]:
-    parts = pattern.parts
-    plain = next(count for count, part in enumerate(parts) if glob.has_magic(part))
-    matches = {Path(match) for match in glob.iglob(str(pattern), recursive=True)}
-    return _named((path for path in matches if path.is_file()), Path(*parts[:plain]))
-
-
-def _named(paths: Iterable[Path], root: Path) -> list[Source]:
-    return sorted(Source(path.relative_to(root).as_posix(), path) for path in paths)
-
-
-def _read(source: Source, skip_undecodable: bool) -> Iterator[Document]:
-    try:
-        if source.path.suffix.lower() in JSONL_SUFFIXES:
-            yield from _lines(source)
-        else:
-            yield Document(source.name, source.path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        if not skip_undecodable:
-            raise InputError(
-                f"{source.path}: not UTF-8 text (byte {error.start}); convert it or leave it out "
-                "of data.corpus"
-            ) from error
-    except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error.strerror}") from error
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-
-def _lines(source: Source) -> Iterator[Document]:
-    with source.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Document(f"{source.name}:{number}", _text(line, f"{source.path}:{number}"))
-
-
-def _text(line: bytes, place: str) -> str:
-    expected = 'each line of JSONL must be an object with a "text" string'
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
-        raise InputError(f"{place}: no valid JSON ({error}); {expected}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: a JSON {type(value).__name__}; {expected}")
-    if "text" not in value:
-        raise InputError(f"{place}: the fields are {sorted(value)}; {expected}")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise InputError(f'{place}: "text" is a JSON {type(text).__name__}; {expected}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
-        raise InputError(f'{place}: "text" is no valid Unicode ({error.reason})') from error
-    return text
 
 
 def _sha256(text: str) -> bytes:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from thriftlm.spec import InputError, Spec
-from thriftlm.training.corpus import SplitName
+from thriftlm.training.sources import SplitName
 
 FORMAT_VERSION = 1
 CHUNK_TOKENS = 1 << 22
@@ -128,9 +128,8 @@ class SplitWriter:
         self._names: list[str] = []
         self._arrow: Any = None  # pyarrow is untyped
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, tokens: TokenChunk) -> None:
         """Append tokens."""
-        tokens = np.array(ids, self._buffer.dtype)
         while len(tokens):
             part = tokens[: CHUNK_TOKENS - self._filled]
             self._buffer[self._filled : self._filled + len(part)] = part
@@ -208,6 +207,14 @@ def write_synced(path: Path, text: str) -> None:
     """Write a text file, on disk when this returns."""
     path.write_text(text, encoding="utf-8")
     sync(path)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, whoever else writes it; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    write_synced(new, text)
+    new.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -2,17 +2,19 @@
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 from pydantic import ValidationError
-from tokenizers import Tokenizer
 
+from thriftlm.corpora import HUB
 from thriftlm.spec import DataSpec, InputError, digest
-from thriftlm.training.corpus import Fingerprint, SplitName, Survey, documents, split, survey
+from thriftlm.training.corpus import Fingerprint, Survey, documents, split, survey, text_hash
+from thriftlm.training.encoding import Encoder, encode_in_order, groups
+from thriftlm.training.hub import pinned
 from thriftlm.training.shard_files import (
     CHUNK_TOKENS,
     FORMAT_VERSION,
@@ -29,17 +31,15 @@ from thriftlm.training.shard_files import (
     sync,
     write_synced,
 )
-from thriftlm.training.tokenizer import (
-    encode,
-    end_id,
-    make_tokenizer,
-    pieces,
-    tokenizer_identity,
-    vocab_size,
-)
+from thriftlm.training.sources import SplitName
+from thriftlm.training.tokenizer import end_id, make_tokenizer, tokenizer_identity, vocab_size
 
-GROUP_CHARS = 1 << 20
-"""Characters that are encoded together, by all cores."""
+TOKENIZER_BYTES = 1 << 30
+"""UTF-8 bytes of text that a tokenizer is trained on at most.
+
+BPE holds every distinct word in memory, so that a corpus that is larger than memory cannot be
+counted whole; longer ones give a sample.
+"""
 
 OnProgress = Callable[[str, float], None]
 
@@ -119,18 +119,23 @@ class Shards:
                     raise damaged(self.path / file.name, "its content has changed")
 
 
-def build(data: DataSpec, cache: Path, on_progress: OnProgress | None = None) -> Shards:
-    """The shards of a corpus: those in the cache, or built now.
+def build(
+    data: DataSpec, cache: Path, on_progress: OnProgress | None = None, processes: int = 1
+) -> Shards:
+    """The shards of one corpus: those in the cache, or built now.
 
-    The folder in the cache is named by the hash of the documents, the tokenizer and the validation
-    fraction; a tokenizer from the hub counts by its name. A folder of that name is complete, since
-    it is renamed into place: a kill leaves only a `.building-` folder, which the next build
-    removes. Of several builders of the same shards one builds, the others wait for it.
+    The folder in the cache is named by the hash of the documents (of a hub's dataset: name, commit,
+    options and `max_bytes`), the tokenizer and the validation fraction; a tokenizer from the hub
+    counts by its name. A folder of that name is complete, since it is renamed into place: a kill
+    leaves only a `.building-` folder, which the next build removes. Of several builders of the same
+    shards one builds, the others wait for it. The corpus streams by: at most twice, and once more
+    for `bpe:N`.
 
     Args:
-        data: corpus, tokenizer and fractions.
+        data: corpus (no mixture), tokenizer and fractions.
         cache: folder for shards; created when missing.
         on_progress: called with a stage and the fraction of it that is done.
+        processes: how many encode, see `encode_in_order`; the shards are the same.
 
     Raises:
         InputError: bad corpus or tokenizer, a split shorter than one sequence, or a cache that
@@ -138,18 +143,29 @@ def build(data: DataSpec, cache: Path, on_progress: OnProgress | None = None) ->
     """
     report = on_progress or (lambda stage, fraction: None)
     report("reading corpus", 0.0)
-    facts = survey(data.corpus)
-    key = _key(data, facts)
-    with _storage_errors(cache):
+    with storage_errors(cache):
+        data, facts = surveyed(data, cache)
+        key = _key(data, facts)
         if not (cache / key).exists():
             cache.mkdir(parents=True, exist_ok=True)
             _remove_dead_builds(cache)
-            with _lock(cache, key, report):
+            with lock(cache, key, report):
                 if not (cache / key).exists():
-                    _build(data, facts, cache, key, report)
+                    _build(data, facts, cache, key, report, processes)
     shards = Shards.open(cache / key)
     check_length(shards, data)
     return shards
+
+
+def surveyed(data: DataSpec, cache: Path) -> tuple[DataSpec, Survey]:
+    """The data with the corpus pinned to a commit where it is a hub's, and its survey.
+
+    Raises:
+        InputError: the corpus cannot be read or holds no text.
+    """
+    if data.corpus.startswith(HUB):
+        data = data.model_copy(update={"corpus": pinned(data.corpus, cache)})
+    return data, survey(data.corpus, data.max_bytes, cache)
 
 
 def check_length(shards: Shards, data: DataSpec) -> None:
@@ -179,13 +195,15 @@ def _key(data: DataSpec, facts: Survey) -> str:
     )
 
 
-def _build(data: DataSpec, facts: Survey, cache: Path, key: str, report: OnProgress) -> None:
+def _build(
+    data: DataSpec, facts: Survey, cache: Path, key: str, report: OnProgress, processes: int
+) -> None:
     """Build in a folder beside the final one, then rename. The caller holds the lock of the key."""
     folder = cache / f".building-{key}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        meta = _write(data, facts, folder, report)
+        meta = _write(data, facts, folder, report, processes)
         write_synced(folder / META, meta.model_dump_json(indent=2))
         sync(folder)
         folder.rename(cache / key)
@@ -194,17 +212,24 @@ def _build(data: DataSpec, facts: Survey, cache: Path, key: str, report: OnProgr
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(data: DataSpec, facts: Survey, folder: Path, report: OnProgress) -> ShardsMeta:
-    parts = _parts(data, facts, Fingerprint(), partial(report, "training tokenizer"))
-    tokenizer = make_tokenizer(data, (text for name, text in parts if name == "train"))
+def _write(
+    data: DataSpec, facts: Survey, folder: Path, report: OnProgress, processes: int
+) -> ShardsMeta:
+    texts = training_texts(data, facts, TOKENIZER_BYTES, partial(report, "training tokenizer"))
+    tokenizer = make_tokenizer(data, texts)
     end, vocab = end_id(tokenizer, data.tokenizer), vocab_size(tokenizer)
     dtype: Dtype = "uint16" if vocab <= 2**16 else "uint32"
     write_synced(folder / TOKENIZER, tokenizer.to_str())
     seen = Fingerprint()
     parts = _parts(data, facts, seen, partial(report, "tokenizing"))
     writers = {name: SplitWriter(folder, name, dtype) for name in SPLITS}
-    _write_tokens(tokenizer, end, parts, writers)
-    if seen.value != facts.fingerprint:
+    encoder = Encoder(tokenizer, end, dtype)
+    with closing(encode_in_order(encoder, groups(parts), processes)) as encoded:
+        for part in (part for found in encoded for part in found):
+            writers[part.split].add(part.tokens)
+            writers[part.split].text_bytes += part.text_bytes
+            writers[part.split].documents += part.documents
+    if facts.is_counted and seen.value != facts.fingerprint:
         raise InputError(f"data.corpus '{data.corpus}' changed while it was read; start again")
     return ShardsMeta(
         version=FORMAT_VERSION,
@@ -220,58 +245,41 @@ def _write(data: DataSpec, facts: Survey, folder: Path, report: OnProgress) -> S
     )
 
 
+def training_texts(
+    data: DataSpec, facts: Survey, most_bytes: int, report: Callable[[float], None]
+) -> Iterator[str]:
+    """Texts of the training split for a tokenizer, about `most_bytes` of UTF-8 at most.
+
+    All of them where they are fewer; else a sample by hash, or, where nobody has counted
+    the corpus, those at its beginning.
+    """
+    one_of = max(1, -(-facts.text_bytes // most_bytes))
+    taken = 0
+    for name, text in _parts(data, facts, Fingerprint(), report):
+        if name == "train" and (one_of == 1 or text_hash(text) % one_of == 0):
+            yield text
+            taken += len(text.encode())
+            if taken >= most_bytes and not facts.is_counted:
+                return
+
+
 def _parts(
     data: DataSpec, facts: Survey, seen: Fingerprint, report: Callable[[float], None]
 ) -> Iterator[tuple[SplitName, str]]:
     """Split and text of every part of every document; tells every hundredth of the way."""
+    whole = facts.text_bytes or data.max_bytes or 0
     done = told = 0
-    for document in documents(data.corpus):
+    for document in documents(data.corpus, data.max_bytes):
         seen.add(document)
         yield from split(document.text, facts, data.validation_fraction)
         done += len(document.text.encode())
-        if done - told >= facts.text_bytes / 100:
+        if whole and done - told >= whole / 100:
             told = done
-            report(min(1.0, done / facts.text_bytes))
-
-
-def _write_tokens(
-    tokenizer: Tokenizer,
-    end: int,
-    parts: Iterable[tuple[SplitName, str]],
-    writers: dict[SplitName, SplitWriter],
-) -> None:
-    for group in _groups(parts):
-        encoded = encode(tokenizer, [piece.text for piece in group])
-        for piece, ids in zip(group, encoded, strict=True):
-            writers[piece.split].add([*ids, end] if piece.last else ids)
-            writers[piece.split].text_bytes += len(piece.text.encode())
-            writers[piece.split].documents += piece.last
-
-
-class _Piece(NamedTuple):
-    split: SplitName
-    text: str
-    last: bool  # of its document
-
-
-def _groups(parts: Iterable[tuple[SplitName, str]]) -> Iterator[list[_Piece]]:
-    """Pieces in order, about `GROUP_CHARS` characters at a time."""
-    group: list[_Piece] = []
-    chars = 0
-    for name, text in parts:
-        *heads, tail = pieces(text)
-        for piece in (*(_Piece(name, head, False) for head in heads), _Piece(name, tail, True)):
-            group.append(piece)
-            chars += len(piece.text)
-            if chars >= GROUP_CHARS:
-                yield group
-                group, chars = [], 0
-    if group:
-        yield group
+            report(min(1.0, done / whole))
 
 
 @contextmanager
-def _lock(cache: Path, key: str, report: OnProgress) -> Iterator[None]:
+def lock(cache: Path, key: str, report: OnProgress) -> Iterator[None]:
     """Hold the lock of a key; the system lets go of it when the process dies."""
     with (cache / f".lock-{key}").open("w") as file:
         try:
@@ -294,7 +302,8 @@ def _remove_dead_builds(cache: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(cache: Path) -> Iterator[None]:
+def storage_errors(cache: Path) -> Iterator[None]:
+    """What the system says of a cache that cannot be written, as an InputError."""
     try:
         yield
     except OSError as error:  # those of reading the corpus are InputError already

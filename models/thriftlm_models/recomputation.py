@@ -1,5 +1,6 @@
 """Activation checkpointing: what a block keeps for its backward pass, and what it runs again."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+# It warns of operations in place within a checkpointed region; a block has none.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 Forward = Callable[..., Tensor]
 

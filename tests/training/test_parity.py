@@ -255,3 +255,29 @@ def test_matrix(strategy, sharing, way, spread_matrix, single_matrix):
 def test_matrix_in_fp64(strategy, sharing, way, spread_matrix, single_matrix):
     found = spread_matrix[name(sharing, way, strategy, "float64")]
     assert difference(found, single_matrix[name(sharing, way, dtype="float64")]) < FP64_TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def compiled_pair(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    """Each strategy on two ranks with compiled blocks."""
+    jobs = [
+        job(
+            bench,
+            name(sharing, way, strategy),
+            model={"sharing": sharing},
+            system=on(2, strategy, act_ckpt=way, compile=True),
+        )
+        for strategy in STRATEGIES
+        for sharing, way in MATRIX
+    ]
+    return trained(bench, tmp_path_factory.mktemp("compiled") / "ranks", jobs, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("sharing", "way"), MATRIX)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_blocks_over_ranks(strategy, sharing, way, compiled_pair, single_matrix):
+    found = compiled_pair[name(sharing, way, strategy)]
+    expected = single_matrix[name(sharing, "none", dtype="float64")]
+    assert difference(found, expected) < TOLERANCE

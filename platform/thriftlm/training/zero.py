@@ -44,8 +44,9 @@ class ZeroEngine:
         deepspeed.init_distributed(
             dist_backend="gloo" if ranks.device.type == "cpu" else "nccl", verbose=False
         )
-        if spec.system.compile and STAGES[spec.system.strategy] == 3:
-            # Whole blocks are gathered then: hooks within would break what is compiled to pieces.
+        if spec.system.compile and runs_blocks_once(spec) and STAGES[spec.system.strategy] == 3:
+            # Whole blocks are gathered: hooks within would break what is compiled into pieces.
+            # Stage 3 reduces such a block once a pass, so a shared one, which runs twice, cannot.
             set_z3_leaf_modules(model, [Block])
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=adamw(model, spec), config=settings(spec, ranks)
@@ -85,6 +86,11 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         """Read into the present stage and number of ranks, whatever wrote it."""
         load_zero_state(self.engine, self.ranks, folder)
+
+
+def runs_blocks_once(spec: RunSpec) -> bool:
+    """Whether no block is shared."""
+    return len(spec.model.schedule) == spec.model.n_layers
 
 
 def autocast(spec: RunSpec) -> dict[str, Any]:

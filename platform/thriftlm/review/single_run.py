@@ -42,9 +42,8 @@ def train_alone(
     first = os.environ.get("RANK", "0") == "0"
     console = plain_console(sys.stderr if quiet else sys.stdout)
     console.quiet = not first
-    if first:
-        if isinstance(output, Path):
-            writable(output)
+    if first and isinstance(output, Path):
+        writable(output)
     usd_per_hour = prices.usd_per_hour(spec.system) if first else 0.0  # refused before it trains
     newest = checkpoint.latest(output) if first else None
     if newest is not None:

@@ -26,9 +26,9 @@ KEYS = {
     "data_wait_fraction",
     "communication_fraction",
     "usd",
+    "usd_total",
     "checkpoint",
     "trace",
-    "usd_total",
     "checkpoint_failures",
     "skipped_steps",
 }
@@ -125,10 +125,28 @@ def test_finished_run_prints_its_result_again(alone, folder, monkeypatch, capsys
     again = capsys.readouterr()
     first, second = document(alone.stdout), document(again.out)
     # Its rate and memory too, to the last digit: it was not trained again.
-    costs = {"usd": 0, "usd_total": 0}
-    assert second | costs == first | costs
-    assert second["usd_total"] > second["usd"] > 0
+    starts = {"usd": 0, "usd_total": 0}
+    assert second | starts == first | starts
+    assert second["usd_total"] > second["usd"]  # what the first start had cost comes on top
     assert again.err.startswith(f"going on from {first['checkpoint']}")
+
+
+def test_branch_of_a_trunk_ends_its_own_way(alone, folder, monkeypatch, capsys):
+    trunk = options(
+        folder, "trunk", f"keep_every_tokens={4 * 256}", f"checkpoint_every_tokens={4 * 256}"
+    )
+    assert called(monkeypatch, trunk) == 0
+    given = ["--branch-from", str(folder / "trunk/step_00000004")]
+    shorter = options(folder, "branch", f"tokens={TOKENS - 256}")
+    capsys.readouterr()
+    assert called(monkeypatch, [*shorter, *given, "--json"]) == 0
+    branch = capsys.readouterr()
+    found = document(branch.out)
+    assert (found["status"], found["tokens"]) == ("done", TOKENS - 256)
+    assert branch.err.startswith(f"branching from {folder / 'trunk/step_00000004'}")
+    # Its default folder is not the trunk's: the recipe has the trunk's horizon in it.
+    assert called(monkeypatch, [*options(folder, "late"), "--branch-from", str(folder)]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
 
 
 def test_two_processes_under_torchrun(alone, folder):

@@ -18,11 +18,12 @@ BOARD_PATIENCE_SECONDS = 30.0
 
 @ray.remote(num_cpus=0, max_concurrency=64)
 class StopBoard:
-    """Which trials must end at their next report, and which ranks ran out of memory."""
+    """Which trials must end at their next report, what was heard of them, and who lacked memory."""
 
     def __init__(self) -> None:
         self.stopping: set[str] = set()
         self.memory: dict[str, str] = {}
+        self.tokens: dict[str, int] = {}
 
     def stop(self, trial_id: str) -> None:
         """Ask a trial to end."""
@@ -32,6 +33,7 @@ class StopBoard:
         """Forget what was said of a trial, before it starts again."""
         self.stopping.discard(trial_id)
         self.memory.pop(trial_id, None)
+        self.tokens.pop(trial_id, None)
 
     def is_stopping(self, trial_id: str) -> bool:
         """Whether a trial was asked to end."""
@@ -40,6 +42,14 @@ class StopBoard:
     def note_memory(self, trial_id: str, reason: str) -> None:
         """Record that a rank ran out of memory and cannot say so through its peers."""
         self.memory[trial_id] = reason
+
+    def note_heard(self, trial_id: str, tokens: int) -> None:
+        """Record that a report has reached Tune."""
+        self.tokens[trial_id] = tokens
+
+    def heard_tokens(self, trial_id: str) -> int:
+        """Tokens of the last report of a trial that reached Tune in this session."""
+        return self.tokens.get(trial_id, 0)
 
     def memory_note(self, trial_id: str) -> str | None:
         """What a rank recorded."""

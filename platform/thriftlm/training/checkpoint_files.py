@@ -271,7 +271,7 @@ class Store:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Pyarrow's file system of a URL and the path there; fsspec's where pyarrow has none.
+    """The file system of a URL, pyarrow's or else fsspec's, and the path there.
 
     Raises:
         InputError: neither has one.

@@ -31,7 +31,8 @@ def lr_fraction(optim: OptimSpec, progress: float, of_warmup: float | None = Non
             return 1.0
         case "wsd":
             left = (1 - progress) / optim.decay_fraction if optim.decay_fraction else 1.0
-            return floor + (1 - floor) * min(1.0, left)
+            # The stable part is exactly at the peak, its last step too: branches begin there.
+            return floor + (1 - floor) * left if left < 1 - ROUNDING else 1.0
         case "cosine":
             done = (progress - optim.warmup_fraction) / (1 - optim.warmup_fraction)
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from thriftlm.spec import InputError, Measurement, Progress, RunSpec
 from thriftlm.training.loop import Decision, flops_utilisation, is_out_of_memory, train
-from thriftlm.training.shards import build
+from thriftlm.training.mixture import build
 from thriftlm.training.tokenizer import make_tokenizer
 from thriftlm_models.counts import flops_per_token
 

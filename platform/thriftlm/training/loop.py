@@ -14,10 +14,12 @@ from thriftlm.spec import InputError, Measurement, Progress, RunSpec, Status
 from thriftlm.training import checkpoint
 from thriftlm.training.batches import Batches, validation_batches
 from thriftlm.training.engine import build_engine, check_attention
+from thriftlm.training.mixture import Mixture, build
+from thriftlm.training.prefetch import Prefetch
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
-from thriftlm.training.shards import Shards, build
 from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
+from thriftlm_models.documents import Packing
 
 DIVERGED_NATS = 1.0
 """A training loss this far above the best report of its run, in nats, counts as divergence.
@@ -87,6 +89,8 @@ def train(
                 raise OutOfMemoryOnOneRankError(measured) from error
             report(measured.final, None)
             return measured
+        finally:
+            run.close()
 
 
 class Run:
@@ -99,6 +103,12 @@ class Run:
         self.curve: list[Progress] = []
         self.saved: Path | None = None
         self.saved_step = 0
+        self.batches: Prefetch | None = None
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        if self.batches is not None:
+            self.batches.close()
 
     def set_up(self, cache: Path, resume_from: Path | None) -> None:
         """Data, weights and, when resuming, where the run had been."""
@@ -106,8 +116,9 @@ class Run:
         check_attention(spec, ranks.device)
         self.shards = build(spec.data, cache)
         check_vocab(spec, self.shards)
-        self.engine = build_engine(spec, ranks)
-        self.batches = Batches(
+        self.packing = packing_of(spec, self.shards)
+        self.engine = build_engine(spec, ranks, self.packing)
+        batches = Batches(
             self.shards,
             seq_len=spec.data.seq_len,
             batch_sequences=spec.optim.batch_tokens // spec.data.seq_len,
@@ -115,7 +126,9 @@ class Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
             seed=spec.seed,
+            packing=spec.data.packing,
         )
+        self.batches = Prefetch(batches, spec.steps, ranks.device)
         if resume_from is not None:
             state = checkpoint.load(resume_from, self.engine, spec)
             self.step = self.first_step = self.saved_step = state.step
@@ -188,6 +201,9 @@ class Run:
         """One optimizer step; this rank's mean loss and the global gradient norm."""
         total = torch.zeros((), device=self.ranks.device)
         count = self.spec.grad_accum
+        assert self.batches is not None
+        if self.packing is not None:
+            self.packing.real_share = self.batches.real_share(self.step)
         for index, batch in enumerate(self.batches.at(self.step), start=1):
             on_device = batch.to(self.ranks.device, non_blocking=True)
             total += self.engine.accumulate(on_device, last=index == count)
@@ -198,6 +214,8 @@ class Run:
     def validate(self) -> float:
         """Mean validation loss over the first `validation_tokens`, in nats per token."""
         total, count = 0.0, 0
+        if self.packing is not None:
+            self.packing.real_share = 1.0  # windows have no padding
         with self.engine.evaluating():
             for batch, real in validation_batches(
                 self.shards,
@@ -292,7 +310,14 @@ class Run:
         return time.perf_counter()
 
 
-def check_vocab(spec: RunSpec, shards: Shards) -> None:
+def packing_of(spec: RunSpec, shards: Mixture) -> Packing | None:
+    """What the decoder must know of the documents in a sequence; None where they do not matter."""
+    if spec.data.packing == "stream" and not spec.data.document_mask:
+        return None
+    return Packing(shards.end_id, spec.data.document_mask)
+
+
+def check_vocab(spec: RunSpec, shards: Mixture) -> None:
     """Nothing, where the model has a row for every id of the tokenizer.
 
     Raises:

@@ -7,6 +7,7 @@ import torch
 
 from thriftlm.spec import DataSpec
 from thriftlm.training.batches import Batches, validation_batches
+from thriftlm.training.mixture import Mixture
 from thriftlm.training.shard_files import TokenArray
 from thriftlm.training.shards import Shards, build
 
@@ -36,7 +37,7 @@ def batches(
     shards: Shards, micro: int = 12, rank: int = 0, world: int = 1, seed: int = 0
 ) -> Batches:
     return Batches(
-        shards,
+        Mixture.of(shards),
         seq_len=SEQ_LEN,
         batch_sequences=12,
         micro_batch=micro,
@@ -82,10 +83,13 @@ def test_every_window_comes_once_per_epoch_across_batch_boundaries(shards: Shard
     expected = sorted(windows(shards))
     assert len(set(expected)) == len(expected), "windows of the test corpus can be told apart"
     source = batches(shards)
-    assert source.windows == len(expected)
-    assert source.windows % 12, "the epoch ends within a batch"
+    assert source.epoch_sequences[0] == len(expected)
+    assert source.epoch_sequences[0] % 12, "the epoch ends within a batch"
     rows = [tuple(row.tolist()) for step in range(60) for b in source.at(step) for row in b]
-    epochs = [rows[first : first + source.windows] for first in range(0, len(rows), source.windows)]
+    epochs = [
+        rows[first : first + source.epoch_sequences[0]]
+        for first in range(0, len(rows), source.epoch_sequences[0])
+    ]
     assert len(epochs) > 3
     assert all(sorted(epoch) == expected for epoch in epochs[:-1])
     assert epochs[0] != epochs[1]
@@ -94,11 +98,17 @@ def test_every_window_comes_once_per_epoch_across_batch_boundaries(shards: Shard
 def test_epoch_shorter_than_a_batch(shards: Shards) -> None:
     seq_len = (shards.n_tokens("train") - 1) // 5
     source = Batches(
-        shards, seq_len=seq_len, batch_sequences=12, micro_batch=12, rank=0, world_size=1, seed=0
+        Mixture.of(shards),
+        seq_len=seq_len,
+        batch_sequences=12,
+        micro_batch=12,
+        rank=0,
+        world_size=1,
+        seed=0,
     )
     (batch,) = source.at(0)
     firsts = [tuple(row.tolist()) for row in batch]
-    assert source.windows == 5
+    assert source.epoch_sequences[0] == 5
     assert len(set(firsts[:5])) == len(set(firsts[5:10])) == 5
 
 
@@ -131,7 +141,9 @@ def test_layout_that_does_not_divide_the_batch_is_refused(shards: Shards) -> Non
         batches(shards, micro=2, rank=2, world=2)
     with pytest.raises(ValueError, match="one sequence needs"):
         next(
-            validation_batches(shards, seq_len=10**6, tokens=1, micro_batch=1, rank=0, world_size=1)
+            validation_batches(
+                Mixture.of(shards), seq_len=10**6, tokens=1, micro_batch=1, rank=0, world_size=1
+            )
         )
 
 
@@ -144,7 +156,7 @@ def test_validation_is_the_same_sequences_and_an_exact_mean(
     ranks = [
         list(
             validation_batches(
-                shards,
+                Mixture.of(shards),
                 seq_len=SEQ_LEN,
                 tokens=tokens,
                 micro_batch=micro,

@@ -14,7 +14,7 @@ from thriftlm.spec import InputError, Measurement, Progress, RunSpec
 from thriftlm.training.divergence import SKIPS_IN_A_ROW
 from thriftlm.training.engine import TorchEngine
 from thriftlm.training.loop import Decision, flops_utilisation, is_out_of_memory, train
-from thriftlm.training.shards import build
+from thriftlm.training.mixture import build
 from thriftlm.training.tokenizer import make_tokenizer
 from thriftlm_models.counts import flops_per_token
 

@@ -277,7 +277,7 @@ def refuse_unfitting(space: Space, capacity: Capacity) -> None:
 
 def prepare_data(space: Space, cache: Path, on_stage: OnStage) -> dict[str, int]:
     """Build the token shards of the space; unique training tokens by digest of the data spec."""
-    from thriftlm.training.shards import build
+    from thriftlm.training.mixture import build
 
     unique = {}
     for data in space.data_specs():

@@ -24,6 +24,7 @@ from thriftlm.training.ranks import Ranks, needs_group
 from thriftlm.training.sharding import spread
 from thriftlm_models.attention import check_kernel
 from thriftlm_models.decoder import Decoder
+from thriftlm_models.documents import Packing
 
 
 class Engine(Protocol):
@@ -59,18 +60,18 @@ def check_attention(spec: RunSpec, device: torch.device) -> None:
     """
     dtype = torch.float32 if spec.system.precision == "fp32" else torch.bfloat16
     try:
-        check_kernel(spec.system.attention, device.type, dtype, spec.model)
+        check_kernel(spec.system.attention, device.type, dtype, spec.model, spec.data.document_mask)
     except ValueError as error:
         raise InputError(f"system.attention: {error}") from error
 
 
-def build_engine(spec: RunSpec, ranks: Ranks) -> Engine:
+def build_engine(spec: RunSpec, ranks: Ranks, packing: Packing | None = None) -> Engine:
     """The engine of the run's strategy, with freshly initialised weights.
 
     One worker has nobody to share with: whatever its strategy is called, it trains as `single`,
     unless the strategy is to keep what it shards in host memory.
     """
-    model = Decoder(spec.model, spec.system.attention)
+    model = Decoder(spec.model, spec.system.attention, packing)
     model.init_weights(spec.seed)
     if spec.system.precision == "bf16_true":
         model.bfloat16()

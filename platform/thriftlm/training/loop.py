@@ -18,12 +18,14 @@ from thriftlm.training.checkpoint_files import Location
 from thriftlm.training.checkpoint_writer import Writer
 from thriftlm.training.divergence import Divergence
 from thriftlm.training.engine import build_engine, check_attention
+from thriftlm.training.mixture import Mixture, build
+from thriftlm.training.prefetch import Prefetch
 from thriftlm.training.ranks import Ranks, joined
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate
 from thriftlm.training.shard_files import TOKENIZER
-from thriftlm.training.shards import Shards, build
 from thriftlm.training.telemetry import Interval, Reading, Telemetry
 from thriftlm_models.counts import FLOP_FORMULA, flops_per_token
+from thriftlm_models.documents import Packing
 
 OUT_OF_MEMORY_SIGNS = (
     "allocate memory",  # torch's CPU allocator
@@ -103,7 +105,7 @@ def train(
             report(measured.final, None)
             return measured
         finally:
-            run.telemetry.trace.abandon()
+            run.close()
 
 
 class Run:
@@ -134,6 +136,13 @@ class Run:
         self.divergence = Divergence()
         self.curve: list[Progress] = []
         self.saved_step = 0  # of the last one that was begun: the same on all ranks
+        self.batches: Prefetch | None = None
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.telemetry.trace.abandon()
+        if self.batches is not None:
+            self.batches.close()
 
     def set_up(self, cache: Path) -> None:
         """Data and weights."""
@@ -141,8 +150,9 @@ class Run:
         check_attention(spec, ranks.device)
         self.shards = build(spec.data, cache)
         check_vocab(spec, self.shards)
-        self.engine = build_engine(spec, ranks)
-        self.batches = Batches(
+        self.packing = packing_of(spec, self.shards)
+        self.engine = build_engine(spec, ranks, self.packing)
+        batches = Batches(
             self.shards,
             seq_len=spec.data.seq_len,
             batch_sequences=spec.optim.batch_tokens // spec.data.seq_len,
@@ -150,7 +160,9 @@ class Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
             seed=spec.seed,
+            packing=spec.data.packing,
         )
+        self.batches = Prefetch(batches, spec.steps, ranks.device)
 
     def find_beginning(
         self, own: Location | None, resume_from: Location | None, branch_from: Location | None
@@ -243,6 +255,9 @@ class Run:
         """One optimizer step; this rank's losses summed, on the device, and the gradient norm."""
         total = torch.zeros((), device=self.ranks.device)
         count = self.spec.grad_accum
+        assert self.batches is not None
+        if self.packing is not None:
+            self.packing.real_share = self.batches.real_share(self.step)
         batches = interval.waiting_for(self.batches.at(self.step))
         for index, batch in enumerate(batches, start=1):
             on_device = batch.to(self.ranks.device, non_blocking=True)
@@ -254,6 +269,8 @@ class Run:
     def validate(self) -> float:
         """Mean validation loss over the first `validation_tokens`, in nats per token."""
         total, count = 0.0, 0
+        if self.packing is not None:
+            self.packing.real_share = 1.0  # windows have no padding
         with self.engine.evaluating():
             for batch, real in validation_batches(
                 self.shards,
@@ -343,7 +360,14 @@ class Run:
         )
 
 
-def check_vocab(spec: RunSpec, shards: Shards) -> None:
+def packing_of(spec: RunSpec, shards: Mixture) -> Packing | None:
+    """What the decoder must know of the documents in a sequence; None where they do not matter."""
+    if spec.data.packing == "stream" and not spec.data.document_mask:
+        return None
+    return Packing(shards.end_id, spec.data.document_mask)
+
+
+def check_vocab(spec: RunSpec, shards: Mixture) -> None:
     """Nothing, where the model has a row for every id of the tokenizer.
 
     Raises:

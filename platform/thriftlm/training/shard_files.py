@@ -102,10 +102,11 @@ class TokenArray:
             raise IndexError(f"a window of {length} tokens leaves the {len(self)} tokens there are")
         rows = np.empty((len(begins), length), np.int64)
         for row, begin in zip(rows, begins, strict=True):
-            self._copy(begin, row)
+            self.copy(begin, row)
         return rows
 
-    def _copy(self, begin: int, row: NDArray[np.int64]) -> None:
+    def copy(self, begin: int, row: NDArray[np.int64]) -> None:
+        """Fill a row with the tokens from `begin` on, which lie inside the split."""
         filled = 0
         while filled < len(row):
             chunk, offset = divmod(begin + filled, self.chunk_tokens)

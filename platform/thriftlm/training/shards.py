@@ -279,13 +279,14 @@ def _parts(
 
 
 @contextmanager
-def lock(cache: Path, key: str, report: OnProgress) -> Iterator[None]:
+def lock(cache: Path, key: str, report: OnProgress | None = None) -> Iterator[None]:
     """Hold the lock of a key; the system lets go of it when the process dies."""
     with (cache / f".lock-{key}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another process that builds the same shards", 0.0)
+            if report is not None:
+                report("waiting for another process that builds the same shards", 0.0)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,8 +1,9 @@
 """Forks the ranks of runs from a process that has imported everything: starting costs no seconds.
 
-Each line on stdin is a job: {"run", "cache", "output", "ranks", "meeting", "log"}. For each, a line
-with the ranks' process ids, and when all have ended a line with their exit statuses. A run goes on
-from what lies in its output; its first rank writes the measurement to OUTPUT.json at the end.
+A line on stdin is a job: {"run", "cache", "output", "ranks", "meeting", "log"}; the answer are the
+ranks' process ids. The line after it asks for their exit statuses: until then none is waited for,
+so that its process id stays its own. A run goes on from what lies in its output; its first rank
+writes the measurement to OUTPUT.json at the end.
 """
 
 import json
@@ -52,6 +53,7 @@ def main() -> None:
                     os._exit(1)
             pids.append(pid)
         print(json.dumps(pids), flush=True)
+        sys.stdin.readline()
         print(json.dumps([os.waitpid(pid, 0)[1] for pid in pids]), flush=True)
 
 

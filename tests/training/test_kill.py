@@ -36,12 +36,16 @@ class Forks:
 
     def start(self, job: dict[str, Any]) -> list[int]:
         """Process ids of the ranks."""
-        assert self.process.stdin is not None
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return self.answer()
+        return self.ask(json.dumps(job))
 
-    def answer(self) -> list[int]:
+    def statuses(self) -> list[int]:
+        """How the ranks ended, once they have: numbers of signals, 0 for a good end."""
+        return self.ask("")
+
+    def ask(self, line: str) -> list[int]:
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
         found: list[int] = json.loads(self.process.stdout.readline())
         return found
 
@@ -90,7 +94,7 @@ def kill_many(kills: int, run: RunSpec, bench: Any, forks: Forks, folder: Path) 
     rng = random.Random(seed)
     whole_job = job(run, bench, folder / "whole", 0)
     forks.start(whole_job)
-    assert forks.answer() == [0] * run.system.n_gpus
+    assert forks.statuses() == [0] * run.system.n_gpus
     whole = Measurement.model_validate_json((folder / "whole.json").read_text())
 
     counts = {"killed": 0, "while writing": 0, "left partial": 0, "with a checkpoint": 0, "runs": 0}
@@ -107,7 +111,7 @@ def kill_many(kills: int, run: RunSpec, bench: Any, forks: Forks, folder: Path) 
             for pid in order:
                 os.kill(pid, signal.SIGKILL)
                 time.sleep(rng.choice([0, 0.02]))
-        codes = forks.answer()
+        codes = forks.statuses()
         if all(code == 0 for code in codes):
             measured = Measurement.model_validate_json(Path(f"{output}.json").read_text())
             assert measured.status == "done"

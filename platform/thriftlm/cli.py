@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from thriftlm.review import plan_command, planning_commands, report_command
+from thriftlm.review.data_command import data
 from thriftlm.review.options import Json, StorageOption
 
 app = typer.Typer(
@@ -328,43 +329,4 @@ def doctor(storage: StorageOption = None, as_json: Json = False) -> None:
     emit(found) if as_json else show_examination(found)
 
 
-data = typer.Typer(help="Build token shards ahead, or check their integrity.")
 app.add_typer(data, name="data")
-
-
-@data.command("build")
-def data_build(
-    corpus: Annotated[
-        str,
-        typer.Option(
-            metavar="CORPUS",
-            help="Built-in name (python-stdlib), or path or glob of text or JSONL.",
-        ),
-    ] = "python-stdlib",
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            metavar="TOKENIZER",
-            help="bpe:N (trained on the corpus), path of a tokenizer.json, or a hub name.",
-        ),
-    ] = "bpe:4096",
-    storage: StorageOption = None,
-    as_json: Json = False,
-) -> None:
-    """Build the token shards of a corpus, or find them built."""
-    from thriftlm.review.listings import build_shards
-    from thriftlm.search.storage import storage as storage_at
-
-    found = build_shards(corpus, tokenizer, storage_at(storage).data)
-    emit(found) if as_json else print("\n".join(f"{k:<14} {v}" for k, v in found.items()))
-
-
-@data.command("verify")
-def data_verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of shards.")],
-) -> None:
-    """Compare every shard with its checksum."""
-    from thriftlm.training.shards import Shards
-
-    Shards.open(folder).verify()
-    print(f"{folder}: whole")

@@ -138,7 +138,7 @@ def test_scheduler_auto_fits_the_algorithm(write, algorithm, scheduler, resolved
         (9, "{", "{gpu: [T4, A100], ", "space.system.gpu[1]: 'A100' names several GPUs"),
         (9, "{", "{cloud: azur, ", "space.system.cloud: no point is valid: unknown cloud 'azur'"),
         (9, "{", "{cpu_offload: true, ", "cpu_offload: no point is valid: cpu_offload needs a"),
-        (2, "python-stdlib", "hf://x/y", "data.corpus: hf:// corpora are not built yet"),
+        (2, "python-stdlib", "'hf://x/y?a=b'", "data.corpus: hf:// takes ?config="),
         (2, "128", "0", "data.seq_len: must be above 0, got 0"),
         (3, "{usd: 1}", "{}", "training_budget: training_budget needs usd, hours or both"),
         (3, "{usd: 1}", "{usd: -1}", "training_budget.usd: must be above 0, got -1"),

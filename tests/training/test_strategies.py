@@ -40,6 +40,7 @@ RICH = {
     "parametrization": "mup", "mup_base_width": 16,
 }  # fmt: skip
 """What no run above has; under muP the optimizer has groups with rates of their own."""
+PACKED = {"packing": "best_fit", "document_mask": True}
 WIDE = {"d_model": 336, "d_ff": 672, "n_layers": 1}
 PAIR = {"n_gpus": 2, "micro_batch": 2}
 BF16 = {"precision": "amp_bf16"}
@@ -65,9 +66,11 @@ def jobs(bench: Any, folder: Path, single_checkpoint: str) -> list[dict[str, Any
         wild = bench.spec(system=system, optim={"lr": 1e30, "warmup_fraction": 0.0})
         free = bench.spec(system=system, optim={"grad_clip": 0.0})
         rich = bench.spec(system=system, model=RICH, **SHORT)
+        packed = bench.spec(system=system, data=PACKED, **SHORT)
         listed += [
             job(f"whole/{strategy}", run, bench),
             job(f"rich/{strategy}", rich, bench),
+            job(f"packed/{strategy}", packed, bench),
             job(f"bf16/{strategy}", short, bench),
             job(f"wild/{strategy}", wild, bench),
         ]
@@ -110,6 +113,7 @@ def single(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Me
         "short": short,
         "wide": bench.spec(model=WIDE, **SHORT),
         "rich": bench.spec(model=RICH, **SHORT),
+        "packed": bench.spec(data=PACKED, **SHORT),
         "bf16": short.model_copy(update={"system": short.system.model_copy(update=BF16)}),
     }
     found = {name: bench.train(run, folder / name) for name, run in runs.items()}
@@ -177,6 +181,13 @@ def test_losses_are_those_of_the_single_process(strategy, pair, single, bench):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_kind_of_block_trains_alike_under_mup_too(strategy, pair, single):
     assert_same_curve(pair[f"rich/{strategy}"], single["rich"], LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packed_documents_give_the_losses_of_the_single_process(strategy, pair, single):
+    """Padding differs by micro-batch, and the mean is still that over all real targets."""
+    assert_same_curve(pair[f"packed/{strategy}"], single["packed"], LOSS_TOLERANCE)
+    assert values(single["packed"], "train_loss") != values(single["short"], "train_loss")
 
 
 @pytest.mark.parametrize("strategy", ZERO)

@@ -1,6 +1,5 @@
-"""What there is: published shapes, hardware and prices, shipped spaces, token shards."""
+"""What there is: published shapes, hardware and prices, shipped spaces."""
 
-import sys
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from thriftlm.price_refresh import refresh
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import STALE_PRICE_DAYS, limits, optional, usd
 from thriftlm.search.space import load_space
-from thriftlm.spec import DataSpec
-from thriftlm.training.shards import build
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import FLOP_FORMULA, applied_params, flops_per_token, stored_params
 from thriftlm_models.presets import presets
@@ -194,18 +191,3 @@ def show_spaces(rows: list[dict[str, Any]]) -> None:
     ]
     console = plain_console()
     console.print(fitted(columns, cells, console.width))
-
-
-def build_shards(corpus: str, tokenizer: str, cache: Path) -> dict[str, Any]:
-    """Build token shards; where they are and what they hold."""
-    console = plain_console(sys.stderr)
-    data = DataSpec(corpus=corpus, tokenizer=tokenizer)
-    with console.status("reading") as status:
-        shards = build(data, cache, lambda stage, done: status.update(f"{stage} {done:.0%}"))
-    return {
-        "folder": str(shards.path),
-        "train_tokens": shards.n_tokens("train"),
-        "validation_tokens": shards.n_tokens("validation"),
-        "vocab": shards.vocab,
-        "bytes_per_token": round(shards.bytes_per_token("train"), 3),
-    }

@@ -27,7 +27,6 @@ from thriftlm.training.shard_files import (
     TokenArray,
     damaged,
     map_split,
-    sha256_of,
     sync,
     write_synced,
 )
@@ -60,22 +59,7 @@ class Shards:
             InputError: not a folder of shards, of another version, or a file is missing or has
                 another length than it was written with.
         """
-        try:
-            text = (path / META).read_text(encoding="utf-8")
-        except OSError as error:
-            if path.is_dir():
-                raise damaged(path / META, str(error.strerror)) from error
-            raise InputError(f"{path}: no token shards here: {error.strerror}") from error
-        try:
-            meta = ShardsMeta.model_validate_json(text)
-        except ValidationError as error:
-            raise damaged(path / META, "it is not the metadata of token shards") from error
-        if meta.version != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: token shards of version {meta.version}, this thriftlm reads "
-                f"{FORMAT_VERSION}; build them again"
-            )
-        return cls(path, meta)
+        return cls(path, read_meta(path))
 
     def tokens(self, split: SplitName) -> TokenArray:
         """The tokens of a split, without a copy."""
@@ -107,16 +91,29 @@ class Shards:
         """The tokenizer.json."""
         return self.path / TOKENIZER
 
-    def verify(self) -> None:
-        """Read all files and compare their content with what was written.
 
-        Raises:
-            InputError: a file has changed.
-        """
-        for name in SPLITS:
-            for file in self.meta.splits[name].files:
-                if sha256_of(self.path / file.name) != file.sha256:
-                    raise damaged(self.path / file.name, "its content has changed")
+def read_meta(path: Path) -> ShardsMeta:
+    """What a folder of shards says that it holds.
+
+    Raises:
+        InputError: not a folder of shards, or of another version.
+    """
+    try:
+        text = (path / META).read_text(encoding="utf-8")
+    except OSError as error:
+        if path.is_dir():
+            raise damaged(path / META, str(error.strerror)) from error
+        raise InputError(f"{path}: no token shards here: {error.strerror}") from error
+    try:
+        meta = ShardsMeta.model_validate_json(text)
+    except ValidationError as error:
+        raise damaged(path / META, "it is not the metadata of token shards") from error
+    if meta.version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: token shards of version {meta.version}, this thriftlm reads "
+            f"{FORMAT_VERSION}; build them again"
+        )
+    return meta
 
 
 def build(

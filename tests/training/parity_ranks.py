@@ -17,21 +17,21 @@ import torch.distributed as dist
 from thriftlm.spec import RunSpec
 from thriftlm.training.batches import Batches
 from thriftlm.training.engine import build_engine
+from thriftlm.training.mixture import build
 from thriftlm.training.ranks import Ranks
 from thriftlm.training.schedule import learning_rate
-from thriftlm.training.shards import Shards
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def losses(job: dict[str, Any], shards: Shards) -> list[float]:
+def losses(job: dict[str, Any], cache: Path) -> list[float]:
     """The mean loss of each step of a run, over all ranks."""
     spec = RunSpec.model_validate(job["run"])
     ranks = Ranks(RANK, WORLD, torch.device("cpu"))
     torch.set_default_dtype(getattr(torch, job["dtype"]))
     engine = build_engine(spec, ranks)
     batches = Batches(
-        shards,
+        build(spec.data, cache),
         seq_len=spec.data.seq_len,
         batch_sequences=spec.optim.batch_tokens // spec.data.seq_len,
         micro_batch=spec.system.micro_batch,
@@ -62,8 +62,7 @@ def main(folder: Path) -> None:
         meeting = f"file://{folder / 'meeting'}"
         dist.init_process_group("gloo", init_method=meeting, rank=RANK, world_size=WORLD)
     asked = json.loads((folder / "jobs.json").read_text())
-    shards = Shards.open(Path(asked["shards"]))
-    found = {job["name"]: losses(job, shards) for job in asked["jobs"]}
+    found = {job["name"]: losses(job, Path(asked["cache"])) for job in asked["jobs"]}
     if RANK == 0:
         (folder / "losses.json").write_text(json.dumps(found))
     if WORLD > 1:

@@ -1,5 +1,6 @@
 """What the READMEs show runs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import yaml
 
 from thriftlm.config_file import space_files
+from thriftlm.corpora import shares
 from thriftlm.prices import usd_per_hour
-from thriftlm.spec import SystemSpec
+from thriftlm.spec import DataSpec, SystemSpec
 from thriftlm_models.config import ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,36 @@ def test_space_of_the_readme_is_the_quickstart():
     shipped = yaml.safe_load((ROOT / "search_spaces/quickstart.yaml").read_text())["space"]
     for section, fields in yaml.safe_load(shown)["space"].items():
         assert {name: shipped[section][name] for name in fields} == fields
+
+
+def test_data_shown_for_the_platform_are_a_specification():
+    (shown,) = blocks("platform/README.md", "yaml")
+    data = DataSpec.model_validate(yaml.safe_load(shown)["data"])
+    assert [weight for _, weight in shares(data.corpus)] == [0.3, 0.7]
+    assert (data.packing, data.document_mask) == ("best_fit", True)
+
+
+def test_building_and_verifying_shards_say_what_the_readme_shows(tmp_path):
+    (shown,) = blocks("platform/README.md", "console")
+    build, *built, verify, _ = shown.rstrip().splitlines()
+    environment = os.environ | {"THRIFTLM_STORAGE": str(tmp_path)}
+
+    def said(command):
+        done = subprocess.run(
+            [sys.executable, "-m", *command.removeprefix("$ ").split()],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        return done.stdout.splitlines()
+
+    lines = said(build)
+    # What the interpreter's library holds differs from version to version; its names do not.
+    assert [line.split("  ")[0] for line in lines] == [line.split("  ")[0] for line in built]
+    (folder,) = [line.split()[-1] for line in lines if line.startswith("python-stdlib")]
+    (answer,) = said(re.sub(r"~/thriftlm/\S+", folder, verify))
+    assert answer.startswith(f"{folder}: whole: 2 files, ")
 
 
 def test_rates_of_the_readme_price_a_system(tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from thriftlm.config_file import space_files
+from thriftlm.config_file import ConfigFile, space_files
 from thriftlm.corpora import shares
 from thriftlm.prices import usd_per_hour
-from thriftlm.spec import DataSpec, SystemSpec
+from thriftlm.spec import DataSpec, RunSpec, SystemSpec
 from thriftlm_models.config import ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +57,18 @@ def test_space_of_the_readme_is_the_quickstart():
 
 
 def test_data_shown_for_the_platform_are_a_specification():
-    (shown,) = blocks("platform/README.md", "yaml")
+    shown, _ = blocks("platform/README.md", "yaml")
     data = DataSpec.model_validate(yaml.safe_load(shown)["data"])
     assert [weight for _, weight in shares(data.corpus)] == [0.3, 0.7]
     assert (data.packing, data.document_mask) == ("best_fit", True)
+
+
+def test_the_long_run_shown_for_the_platform_is_one(tmp_path):
+    _, shown = blocks("platform/README.md", "yaml")
+    (tmp_path / "run.yaml").write_text(shown)
+    run = ConfigFile.read(tmp_path / "run.yaml").parse(RunSpec)
+    assert (run.steps, run.grad_accum) == (190_735, 1)
+    assert run.tokens / run.steps * 38_147 == pytest.approx(20e9, rel=1e-4)
 
 
 def test_building_and_verifying_shards_say_what_the_readme_shows(tmp_path):

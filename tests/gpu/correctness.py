@@ -101,6 +101,20 @@ def kernel_error(
 def losses(device: torch.device, gpu: str) -> Iterator[Row]:
     """Strategies against the single process on this device, and that against the CPU."""
     exact = curve(run_of(gpu, {}), device)
+    with group_of_one(device):  # one for all: DeepSpeed keeps what it found at first
+        yield from strategies(device, gpu, exact)
+    on_cpu = curve(run_of("cpu", {}), torch.device("cpu"))
+    yield checked("loss, fp32 on the CPU", "fp32", DEVICE_LIMIT, lambda: far(exact, on_cpu))
+    bf16 = {"precision": "amp_bf16", "attention": "flash"}
+    yield checked(
+        "loss, fp32 on the CPU",
+        "bf16, flash",
+        BF16_LIMIT,
+        lambda: far(curve(run_of(gpu, bf16), device), on_cpu),
+    )
+
+
+def strategies(device: torch.device, gpu: str, exact: list[float]) -> Iterator[Row]:
     for system in STRATEGIES:
         case = ", ".join(key if value is True else value for key, value in system.items())
         try:
@@ -112,15 +126,6 @@ def losses(device: torch.device, gpu: str) -> Iterator[Row]:
         yield checked(
             "strategy", case, STRATEGY_LIMIT, lambda r=run: far(forced_curve(r, device), exact)
         )
-    on_cpu = curve(run_of("cpu", {}), torch.device("cpu"))
-    yield checked("loss, fp32 on the CPU", "fp32", DEVICE_LIMIT, lambda: far(exact, on_cpu))
-    bf16 = {"precision": "amp_bf16", "attention": "flash"}
-    yield checked(
-        "loss, fp32 on the CPU",
-        "bf16, flash",
-        BF16_LIMIT,
-        lambda: far(curve(run_of(gpu, bf16), device), on_cpu),
-    )
 
 
 def checked(check: str, case: str, limit: float, difference: Callable[[], float]) -> Row:
@@ -181,7 +186,7 @@ def forced_curve(run: RunSpec, device: torch.device) -> list[float]:
     """The curve under the run's strategy in a group of one, which trains as `single` otherwise."""
     if run.system.strategy == "single":
         return curve(run, device)
-    with group_of_one(device), patch.object(engine, "needs_group", lambda *given: True):
+    with patch.object(engine, "needs_group", lambda *given: True):
         return curve(run, device, spread=True)
 
 

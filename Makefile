@@ -1,5 +1,6 @@
 # make quickstart   set up, then search for the best small model on this machine (about 8 minutes)
 # make test         set up, then run the tests
+# make gpu-check    check kernels and strategies on a GPU, and time published models on it (8 minutes)
 # make check        lint, format, types, import contracts, tests
 # make clean        remove the environment and caches; searches and their results stay
 
@@ -15,7 +16,7 @@ PIP_PROGRESS = \
   /^Installing collected/ { print "    installing them" } \
   { fflush() }
 
-.PHONY: quickstart test check lint clean help
+.PHONY: quickstart test gpu-check check lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +38,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+gpu-check: $(INSTALLED)
+	@$(BIN)/python -m tests.gpu.check
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ ENVIRONMENTS = (
 )
 PACKAGES = {
     "transformers": ["accelerate==1.15.0"],
-    "litgpt": ["litgpt==0.5.13", "torchmetrics==1.9.0"],
+    "litgpt": ["litgpt==0.5.13", "torchmetrics==1.9.0", "transformers==4.56.2"],
 }
 """What each environment has beside ours; LitGPT's pins are its own."""
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -93,7 +93,7 @@ def python_of(name: str) -> str:
         # Behind its own packages, so that its pins win.
         ours = [path for path in sys.path if path.endswith("site-packages")]
         (site / "ours.pth").write_text("\n".join(ours) + "\n")
-        install = [python, "-m", "pip", "install", "--quiet", *PACKAGES[name]]
+        install = [python, "-m", "pip", "install", "-qq", *PACKAGES[name]]
         subprocess.run(install, check=True, stdout=sys.stderr)
         stamp.write_text(wanted)
     return str(python)

@@ -39,12 +39,13 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "expert, Optuna + ASHA": lambda space: rivals.Expert(space, asha=True),
     "joint, our learner": lambda space: Factored(space, replace(FULL, system="random")),
     "joint, our learner, filtered": lambda space: Factored(space, replace(FULL, system="filtered")),
-    "expert, our learner": lambda space: rivals.OurExpert(space),
+    "expert, our learner": rivals.OurExpert,
     "without calibration": lambda space: Factored(space, replace(FULL, calibrate=False)),
     "without probing choices": lambda space: Factored(space, replace(FULL, explore=False)),
     "without Step Law": lambda space: Factored(space, replace(FULL, step_law=False)),
     "promotion by loss so far": lambda space: Factored(space, replace(FULL, predicted=False)),
     "without rungs": lambda space: Factored(space, replace(FULL, rungs=False)),
+    "dollar rungs": lambda space: Factored(space, replace(FULL, dollar_rungs=True)),
     "without confirmation": lambda space: Factored(space, replace(FULL, confirm=False)),
 }
 PRODUCT = ("random", "optuna")
@@ -145,10 +146,18 @@ def main() -> None:
     given = parser.parse_args()
     worlds = given.world or sorted(path.stem for path in given.folder.glob("*.yaml"))
     records = []
-    for record in searches(given.folder, worlds, given.arm or list(ARMS), given.seeds, given.budgets):
+    for record in searches(
+        given.folder, worlds, given.arm or list(ARMS), given.seeds, given.budgets
+    ):
         records.append(record)
-        print(record["world"], record["arm"], record["seed"], f"{record['solved']:.2f}",
-              f"{record['seconds']:.1f}s", file=sys.stderr)
+        print(
+            record["world"],
+            record["arm"],
+            record["seed"],
+            f"{record['solved']:.2f}",
+            f"{record['seconds']:.1f}s",
+            file=sys.stderr,
+        )
         if given.json:
             given.json.write_text(json.dumps(records))
     print(table(records, given.budgets))

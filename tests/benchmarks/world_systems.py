@@ -1,4 +1,4 @@
-"""A hidden truth of throughput and memory for simulated worlds, unlike the estimator's in structure.
+"""A hidden truth of throughput and memory for worlds, unlike the estimator's in structure.
 
 Where thriftlm's estimate adds roofline times with constants per GPU generation, this truth has a
 matmul efficiency that saturates in width and in tokens per pass with scales of each card, a penalty
@@ -118,7 +118,9 @@ def _speed(model: ModelSpec, one: dict[str, Any]) -> float:
         nodes = -(-n // (card.gpus_per_node or 8))
         bandwidth = bus * 1e9 / (1 if nodes == 1 else 3.5 * nodes**0.4)
         volume = 4.0 * stored_params(model) * STEP_TRAFFIC[one["strategy"]] * (n - 1) / n
-        latency = 6e-5 * np.log2(n) * len(model.schedule) * (1 + (STEP_TRAFFIC[one["strategy"]] > 1.3))
+        latency = (
+            6e-5 * np.log2(n) * len(model.schedule) * (1 + (STEP_TRAFFIC[one["strategy"]] > 1.3))
+        )
         sharing = max(0.0, volume / bandwidth - HIDDEN[one["strategy"]] * compute) + latency
     return float(n * per_pass / ((compute + sharing) * n**0.025))
 

@@ -24,7 +24,9 @@ def simulate(
     ],
     table: Annotated[
         Path,
-        typer.Option(metavar="RUNS", help="Recorded runs, as `thriftlm report --runs` writes them."),
+        typer.Option(
+            metavar="RUNS", help="Recorded runs, as `thriftlm report --runs` writes them."
+        ),
     ],
     algorithms: Annotated[
         list[str] | None,

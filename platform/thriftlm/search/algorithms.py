@@ -85,7 +85,7 @@ class Searcher:
         return self.algorithm(self.space, state)
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
-        """The paused trial that is worth more than a new one; `is_last`: there can be no new one."""
+        """The paused trial worth more than a new one; `is_last`: there can be no new one."""
         return None
 
     def pause(self, trial: TrialState) -> str | None:

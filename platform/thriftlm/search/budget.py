@@ -89,7 +89,9 @@ class Budget:
         shown another; and what first reports of other trials took before it has made one.
         """
         at = [trial.allocations[-1].since, *trial.reported_at]
-        first, *others = [b - a for a, b in pairwise(at)] or [self._to_first_report(state, trial.run)]
+        first, *others = [b - a for a, b in pairwise(at)] or [
+            self._to_first_report(state, trial.run)
+        ]
         return max(others, default=first)
 
 

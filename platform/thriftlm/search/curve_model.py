@@ -87,14 +87,14 @@ class Posterior:
         """Of each score minus that of one recipe."""
         own = np.diag(self.covariance)
         variance = own + own[other] - 2 * self.covariance[:, other]
-        return np.sqrt(np.maximum(variance, 0.0))
+        return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
     def sd_within(self, group: NDArray[np.intp]) -> Floats:
         """Of the scores of a group against the group's mean: what all share decides nothing."""
         inside = self.covariance[np.ix_(group, group)]
         rows = inside.mean(axis=1)
         variance = np.diag(inside) - 2 * rows + rows.mean()
-        return np.sqrt(np.maximum(variance, 0.0))
+        return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
 
 class CurveModel:
@@ -123,10 +123,18 @@ class CurveModel:
             prior = (((scales - SCALES) / SCALES_SD) ** 2).sum()
             return float(0.5 * white @ white + np.log(np.diag(factor)).sum() + 0.5 * prior)
 
-        options = {"maxfev": MOST_STEPS, "xatol": 0.05, "fatol": 0.05}
-        simplex = self.scales + np.vstack([np.zeros(len(SCALES)), 0.4 * np.eye(len(SCALES))])
-        options["initial_simplex"] = simplex  # type: ignore[assignment]
-        self.scales = np.asarray(minimize(cost, self.scales, method="Nelder-Mead", options=options).x)
+        found = minimize(
+            cost,
+            self.scales,
+            method="Nelder-Mead",
+            options={
+                "maxfev": MOST_STEPS,
+                "xatol": 0.05,
+                "fatol": 0.05,
+                "initial_simplex": self.scales + np.vstack([0 * SCALES, 0.4 * np.eye(len(SCALES))]),
+            },
+        )
+        self.scales = np.asarray(found.x)
 
     def posterior(self, features: Features, points: Points) -> Posterior:
         """Scores of all recipes of `features` given the points of some."""

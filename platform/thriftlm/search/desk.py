@@ -109,7 +109,9 @@ class Desk:
         if isinstance(trial, Finished | Wait):
             return trial
         usd_per_hour, price = self.price_of(trial.run)
-        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=usd_per_hour, run=trial.run)
+        refusal = self.budget.refusal(
+            self.state, self.clock(), usd_per_hour=usd_per_hour, run=trial.run
+        )
         if refusal and not self.state.running:
             return Finished(f"{refusal} leaves no room for another trial")
         if refusal or not self._has_room(trial):
@@ -217,7 +219,9 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        return Wait() if may_go_on else Finished("every point of the space that fits has been tried")
+        return (
+            Wait() if may_go_on else Finished("every point of the space that fits has been tried")
+        )
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

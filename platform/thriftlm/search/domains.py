@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -108,14 +108,14 @@ class Recorded:
         """The same as an Optuna distribution: continuous where all values are numbers."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-        if len(self.values) > 1 and all(map(_is_number, self.values)):
+        if len(self.values) > 1 and all(map(is_number, self.values)):
             low, high = float(self.values[0]), float(self.values[-1])  # type: ignore[arg-type]
             return FloatDistribution(low, high, log=self.log)
         return CategoricalDistribution(self.values)
 
     def scaled(self, value: Value) -> float | None:
         """A number from 0 to 1 over the field's values; None for a word."""
-        if not all(map(_is_number, self.values)) or not _is_number(value):
+        if not all(map(is_number, self.values)) or not is_number(value):
             return None
         ends = [float(x) for x in (self.values[0], self.values[-1], value)]  # type: ignore[arg-type]
         low, high, here = np.log(ends) if self.log else ends
@@ -128,14 +128,15 @@ Domain = Choice | Uniform | Steps | Recorded
 def recorded(values: list[Value]) -> Recorded:
     """The domain of the values that a table has of a field."""
     distinct = list(dict.fromkeys(values))
-    if not all(map(_is_number, distinct)):
+    if not all(map(is_number, distinct)):
         return Recorded(tuple(sorted(distinct, key=str)))
     numbers = sorted(distinct, key=float)  # type: ignore[arg-type]
     low, high = float(numbers[0]), float(numbers[-1])  # type: ignore[arg-type]
     return Recorded(tuple(numbers), log=low > 0 and high / low > RATIO_IN_LOG)
 
 
-def _is_number(value: Value) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number; truth values are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -21,10 +21,10 @@ from scipy.special import ndtr
 from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Points, Posterior
+from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
 from thriftlm.search.journal import Allocated, Ended, Event, Reported, Suggested
 from thriftlm.search.menu import Menu, menu_of
-from thriftlm.search.objective import PESSIMISM_SDS, tokens_at_budget
+from thriftlm.search.objective import PESSIMISM_SDS
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
@@ -33,7 +33,7 @@ from thriftlm.spec import Progress
 Floats = NDArray[np.float64]
 
 CANDIDATES = 256
-"""Recipes drawn for each proposal, of those that were not tried."""
+"""Recipes drawn for each proposal, of those that were not tried; never more than two thirds."""
 MOST_RECIPES, MOST_POINTS = 64, 4
 """Recipes that the surrogate is fitted to (half the best, half the latest) and points of each
 curve, the last and earlier ones at half the tokens each: what bounds the time of a suggestion."""
@@ -66,6 +66,8 @@ class Parts:
     """Trials go on by predicted final loss; without it by their loss so far."""
     rungs: bool = True
     """Trials pause; without it each trains to the end."""
+    dollar_rungs: bool = False
+    """Rungs are shares of each recipe's budget, instead of tokens."""
     confirm: bool = True
     """The winner is trained to a third of its budget before the money ends."""
     system: str = "best"
@@ -86,7 +88,7 @@ class Factored(Searcher):
 
     pauses = True
 
-    def __init__(self, space: Space, parts: Parts = Parts()) -> None:  # noqa: B008
+    def __init__(self, space: Space, parts: Parts = Parts()) -> None:
         self.space, self.parts = space, parts
         self.menu: Menu = menu_of(space)
         self.systems = SystemModel.over(self.menu.prior)
@@ -124,8 +126,8 @@ class Factored(Searcher):
         oom = progress.status == "oom"
         if self.parts.calibrate and (oom or rate is not None):
             total = None if rate is None or oom else rate * self.menu.specs[system].n_gpus
-            self.systems.observe(fact, total, oom)
-            self._budget_tokens()
+            if self.systems.observe(fact, total, oom):
+                self._budget_tokens()
         if oom:
             self.failed.add(trial_id)
             return
@@ -140,20 +142,15 @@ class Factored(Searcher):
 
     def _budget_tokens(self) -> None:
         """D_B of every recipe, on the system that is believed to be its best."""
-        budget, usd = self.space.training_budget, self.menu.usd_per_hour
-        best = np.zeros(len(self.menu.shapes))
-        for shape in range(len(best)):
-            costs = self.systems.costs(shape)
-            able = self.menu.runs_on[shape] & (costs.p_oom < 0.5)
-            able &= np.isfinite(costs.log_tokens_per_s)
-            able = able if able.any() else self.menu.runs_on[shape]
-            price, speed = costs.usd_per_token(usd)[able], np.exp(costs.log_tokens_per_s[able])
-            bought = [
-                tokens_at_budget(budget.usd, budget.hours, p, s)
-                for p, s in zip(price.tolist(), speed.tolist(), strict=True)
-            ]
-            best[shape] = max(bought, default=1e9)
-        self.tokens_at_budget = best[self.menu.shape_of]
+        budget, usd_per_hour = self.space.training_budget, self.menu.usd_per_hour
+        costs = self.systems.all_costs()
+        speed = np.exp(costs.log_tokens_per_s)
+        fits = self.menu.runs_on & (costs.p_oom < 0.5)
+        fits = np.where(fits.any(axis=1, keepdims=True), fits, self.menu.runs_on)
+        by_usd = np.inf if budget.usd is None else budget.usd * 3600 / usd_per_hour * speed
+        by_hours = np.inf if budget.hours is None else budget.hours * 3600 * speed
+        bought = np.where(fits, np.minimum(by_usd, by_hours), 1.0)
+        self.tokens_at_budget = bought.max(axis=1)[self.menu.shape_of]
 
     # --- rungs ------------------------------------------------------------------------------------
 
@@ -163,12 +160,14 @@ class Factored(Searcher):
         end = min(float(fidelity.max_tokens), self.tokens_at_budget[recipe])
         if not self.parts.rungs:
             return [end]
-        share = fidelity.min_tokens / fidelity.max_tokens
-        found = []
-        while share < 1:
-            found.append(end * share)
-            share *= fidelity.factor
-        return [*found, end]
+        if self.parts.dollar_rungs:
+            share = fidelity.min_tokens / fidelity.max_tokens
+            found = []
+            while share < 1:
+                found.append(end * share)
+                share *= fidelity.factor
+            return [*found, end]
+        return [*(float(rung) for rung in fidelity.rungs if rung < 0.7 * end), end]
 
     def _next_rung(self, trial_id: str) -> float:
         recipe = self.places[trial_id][0]
@@ -262,11 +261,11 @@ class Factored(Searcher):
             self.posterior = recipes, posterior
         return self.posterior
 
-    def _features(self):  # type: ignore[no-untyped-def]
+    def _features(self) -> Features:
         return self.menu.features(np.log(self.tokens_at_budget), self.parts.step_law)
 
     def _data(self) -> tuple[NDArray[np.intp], Points]:
-        """The recipes that count, and their points by place among them; learns when there is more."""
+        """The recipes that count, and their points by place; learns when there is more."""
         usable = self._usable()
         if len(usable) > MOST_RECIPES:
             half = MOST_RECIPES // 2
@@ -316,8 +315,7 @@ class Factored(Searcher):
         for trial_id, (recipe, _) in self.places.items():
             if trial_id in state.trials and trial_id not in self.failed:
                 by_recipe[recipe].append(trial_id)
-        found = max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
-        return found
+        return max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
 
     # --- what is next -----------------------------------------------------------------------------
 
@@ -330,7 +328,7 @@ class Factored(Searcher):
         left = left[[bool(self.menu.allowed(r).any()) for r in left.tolist()]]
         if not len(left):
             return
-        drawn = rng.permutation(left)[:CANDIDATES]
+        drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
         for recipe in drawn[np.argsort(-self._worth(drawn, state), kind="stable")][:PROPOSED]:
             system = self._system(int(recipe), state, rng)
             run = None if system is None else self.menu.resolve(int(recipe), system)
@@ -364,7 +362,7 @@ class Factored(Searcher):
     def _first_price(self, recipe: int) -> float:
         """Dollars to the first rung where they buy most tokens."""
         usd = self.space.training_budget.usd
-        share = self._rungs(recipe)[0] / self.tokens_at_budget[recipe]
+        share = float(self._rungs(recipe)[0] / self.tokens_at_budget[recipe])
         return share if usd is None else share * usd
 
     def _p_diverges(self, candidates: NDArray[np.intp]) -> Floats:

@@ -60,7 +60,7 @@ class Menu:
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
         able = self.runs_on[self.shape_of[recipe]]
-        return able if self.pairs is None else able & self.pairs[recipe]
+        return np.asarray(able if self.pairs is None else able & self.pairs[recipe])
 
     def point(self, recipe: int, system: int) -> dict[str, Value]:
         """The point of a pair, in the order of the space."""
@@ -163,6 +163,8 @@ def _menu(space: Space) -> Menu:
 def _points(
     domains: Mapping[str, Domain], most: int, rng: np.random.Generator
 ) -> list[dict[str, Value]]:
+    if not domains:
+        return [{}]
     listed = [domain.values for domain in domains.values()]
     sizes = [len(values) if values is not None else most + 1 for values in listed]
     if np.prod(sizes, dtype=float) <= most:

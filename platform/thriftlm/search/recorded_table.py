@@ -1,5 +1,6 @@
 """Recorded runs as a world that a search can be replayed in, and a space that is held to them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thriftlm.search.domains import Choice, Domain, Recorded, Steps, Value, recorded
+from thriftlm.search.domains import Choice, Domain, Recorded, Steps, Value, is_number, recorded
 from thriftlm.search.objective import tokens_at_budget
 from thriftlm.search.section import Rejected
 from thriftlm.search.space import Point, Space
@@ -197,7 +198,7 @@ def _value_in(domain: Domain, word: Any) -> Any:
     """The value of the domain that a cell stands for, `OUTSIDE` where there is none."""
     if isinstance(domain, Choice):
         return next((value for value in domain.values if _equal(value, word)), OUTSIDE)
-    if isinstance(word, bool) or not isinstance(word, int | float):
+    if isinstance(domain, Recorded) or isinstance(word, bool) or not isinstance(word, int | float):
         return OUTSIDE
     low, high = float(domain.low), float(domain.high)
     if not low * (1 - 1e-9) <= word <= high * (1 + 1e-9):
@@ -208,10 +209,9 @@ def _value_in(domain: Domain, word: Any) -> Any:
 
 
 def _equal(value: Value, word: Any) -> bool:
-    numbers = isinstance(value, int | float) and isinstance(word, int | float)
-    if numbers and not isinstance(value, bool) and not isinstance(word, bool):
-        return abs(value - word) <= 1e-9 * max(abs(value), abs(word))  # type: ignore[operator]
-    return value == word or str(value) == str(word)
+    if is_number(value) and is_number(word):
+        return math.isclose(value, word, rel_tol=1e-9)
+    return str(value) == str(word)
 
 
 class RecordedSpace(Space):
@@ -230,12 +230,8 @@ class RecordedSpace(Space):
         self.runs = runs
         points = [*runs.recipes, *runs.systems]
         self.domains = {
-            path: recorded([point[path] for point in points if path in point])  # type: ignore[misc]
+            path: recorded([point[path] for point in points if path in point])
             for path in space.domains
-        }
-        self._run_at = {
-            pair: i
-            for i, pair in enumerate(zip(runs.recipe.tolist(), runs.system.tolist(), strict=True))
         }
         self._coordinates = [self._places(points) for points in (runs.recipes, runs.systems)]
         self._resolved: dict[int, RunSpec | Rejected] = {}
@@ -293,9 +289,7 @@ class RecordedSpace(Space):
     @property
     def _index(self) -> dict[tuple[Value, ...], int]:
         if "_by_point" not in self.__dict__:
-            self._by_point = {
-                tuple(self.point(run).values()): run for run in range(len(self.runs))
-            }
+            self._by_point = {tuple(self.point(run).values()): run for run in range(len(self.runs))}
         return self._by_point
 
     def _places(self, points: list[dict[str, Value]]) -> list[tuple[str, Any]]:

@@ -8,7 +8,7 @@ of memory, diverged) is what the trial ends with, at what it has cost by then.
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from thriftlm.search.budget import FIRST_REPORT_SECONDS
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.journal import Event, Journal, SearchStarted
-from thriftlm.search.recorded_table import BROKEN, RecordedSpace, Runs, Truth
+from thriftlm.search.recorded_table import BROKEN, RecordedSpace, Truth
 from thriftlm.search.space import Space
 from thriftlm.search.state import TrialState
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
@@ -85,6 +85,7 @@ class Clock:
     now: float = 0.0
 
     def __call__(self) -> float:
+        """The time now."""
         return self.now
 
 

@@ -52,7 +52,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Of one shape on every system (S,)."""
+    """Of one shape on every system (S,), or of all shapes (K, S)."""
 
     log_tokens_per_s: Floats
     """Expected, of all GPUs together; -inf where the system cannot run the shape."""
@@ -101,19 +101,30 @@ class SystemModel:
         self.fitted = 0
         self._settle()
 
-    def observe(self, fact: Fact, tokens_per_s_total: float | None, oom: bool) -> None:
-        """Take a measured throughput, or that memory ran out, into account."""
+    def observe(self, fact: Fact, tokens_per_s_total: float | None, oom: bool) -> bool:
+        """Take a measured throughput, or that memory ran out, into account; whether it is news."""
         news = self.verdicts.get(fact) != oom
         self.verdicts[fact] = oom
         if tokens_per_s_total is not None:
             news = news or fact not in self.measured
             self.measured[fact] = float(np.log(tokens_per_s_total))
         if not news:
-            return
+            return False
         if len(self.measured) >= GROWTH * self.fitted and len(self.measured) > self.fitted:
             self.fitted = len(self.measured)
             self._fit_constants()
         self._settle()
+        return True
+
+    def all_costs(self) -> Costs:
+        """Of every shape (K, S), by what is known."""
+        log_speed = self.log_speed + self.shift
+        sd, p_oom = np.broadcast_to(self.sd, log_speed.shape).copy(), self.p_oom.copy()
+        for fact, value in self.measured.items():
+            log_speed[fact], sd[fact] = value, 0.0
+        for fact, oom in self.verdicts.items():
+            p_oom[fact] = float(oom)
+        return Costs(log_speed, sd, p_oom)
 
     def costs(self, shape: int) -> Costs:
         """Of one shape, by what is known."""

@@ -115,3 +115,14 @@ def test_a_single_recorded_run_is_the_answer(lab, made, tmp_path):
     assert found.best_run_id == "run0"
     assert found.regret == 0
     assert found.trials == 1
+
+
+def test_unknown_algorithm_is_named(made):
+    with pytest.raises(InputError, match="must be one of random, optuna, grid, factored, got x$"):
+        made().search("x")
+
+
+def test_scheduler_of_the_space_gives_way_where_it_does_not_fit(lab, made):
+    space = world.space(lab)
+    space.search = space.search.model_copy(update={"scheduler": "asha"})
+    assert made(space=space).search("factored").best_run_id is not None

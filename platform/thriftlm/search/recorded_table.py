@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from thriftlm.search.domains import Choice, Domain, Recorded, Steps, Value, is_number, recorded
 from thriftlm.search.objective import tokens_at_budget
 from thriftlm.search.section import Rejected
+from thriftlm.search.settings import SCHEDULERS
 from thriftlm.search.space import Point, Space
 from thriftlm.spec import InputError, RunSpec
 
@@ -268,9 +269,20 @@ class RecordedSpace(Space):
         return self.point(int(known[np.argmin(self._distances(1, point)[systems])]))
 
     def searched_by(self, algorithm: str, seed: int) -> "RecordedSpace":
-        """The same space with another algorithm and seed; what was resolved is shared."""
+        """The same space with another algorithm and seed; what was resolved is shared.
+
+        A scheduler that does not go with the algorithm gives way to the one that does.
+
+        Raises:
+            InputError: unknown algorithm.
+        """
+        if algorithm not in SCHEDULERS:
+            known = ", ".join(SCHEDULERS)
+            raise InputError(f"--algorithm must be one of {known}, got {algorithm}")
         other = copy(self)
         given = self.search.model_dump() | {"algorithm": algorithm, "seed": seed}
+        if self.search.scheduler not in SCHEDULERS[algorithm]:
+            given["scheduler"] = "auto"
         other.search = type(self.search).model_validate(given)
         other.scheduler = other.search.resolved_scheduler
         return other

@@ -118,7 +118,7 @@ def test_a_single_recorded_run_is_the_answer(lab, made, tmp_path):
 
 
 def test_unknown_algorithm_is_named(made):
-    with pytest.raises(InputError, match="must be one of random, optuna, grid, factored, got x$"):
+    with pytest.raises(InputError, match=r"must be one of random, optuna, grid, factored, got x$"):
         made().search("x")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from thriftlm.review import plan_command, planning_commands, report_command
+from thriftlm.review import plan_command, planning_commands, report_command, simulate_command
 from thriftlm.review.data_command import data
 from thriftlm.review.options import Json, StorageOption
 
@@ -276,6 +276,7 @@ app.command()(planning_commands.estimate)
 app.command()(planning_commands.calibrate)
 app.command()(plan_command.plan)
 app.command()(report_command.report)
+app.command()(simulate_command.simulate)
 
 
 @app.command()

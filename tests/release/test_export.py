@@ -156,12 +156,15 @@ def test_bad_input_is_one_message_and_exit_2(
 def test_damaged_weights_are_named_not_used(
     trained: Path, exported: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    for source, pattern in ((trained, "step_*/*.distcp"), (exported[0], "*.safetensors")):
+    for source, pattern, said in (
+        (trained, "step_*/*.distcp", "is damaged: __0_0.distcp has"),
+        (exported[0], "*.safetensors", "cannot be read"),
+    ):
         copy = tmp_path / source.name
         subprocess.run(["cp", "-r", source, copy], check=True)
         (file,) = copy.glob(pattern)
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 4])
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=said):
             open_model(copy)
 
 
@@ -188,7 +191,7 @@ def test_a_checkpoint_without_its_tokenizer_says_what_to_do(trained: Path, tmp_p
     file.unlink()
     done = thriftlm("generate", tmp_path / "run", "x")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "has no tokenizer.json; put the model's into the folder" in done.stderr
+    assert "is damaged: tokenizer.json is missing; use another checkpoint" in done.stderr
 
 
 def test_a_shape_without_a_class_is_refused_before_anything_is_written(

@@ -52,8 +52,9 @@ def test_nothing_is_printed(first_use: tuple[Path, str]) -> None:
 def test_telemetry_becomes_metrics_and_a_trace_an_artifact(uri: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace_5_7.json.gz"
     trace.write_text("recorded")
-    measured = {name: 0.25 for name in STEP_METRICS if name != "loss_spikes"}
-    found = Progress(status="running", step=1, tokens=5, loss_spikes=2, **measured)  # type: ignore[arg-type]
+    counts = {"loss_spikes": 2, "skipped_steps": 0}
+    measured = {name: 0.25 for name in STEP_METRICS if name not in counts} | counts
+    found = Progress(status="running", step=1, tokens=5, **measured)  # type: ignore[arg-type]
     kept = found.model_copy(update={"trace": str(trace)})
     lost = found.model_copy(update={"tokens": 10, "trace": str(tmp_path / "elsewhere")})
     writer = MlflowWriter(uri, "toy", lambda event: None)

@@ -168,7 +168,7 @@ def test_the_picture_is_written_only_where_asked(thriftlm, tmp_path):
         (["--usd", "50", "--cloud", "azz"], "unknown cloud 'azz'"),
         (["--usd", "50", "--gpu", "L4", "--cloud", "lambda"], "has no on_demand price for L4"),
         (["--usd", "50", "--tokenizer", "bpe:9"], "bpe:N needs N of at least 257"),
-        (["--usd", "50", "--corpus", "hf://a/b"], "hf:// corpora are not built yet"),
+        (["--usd", "50", "--corpus", "hf://a/b?c=1"], "hf:// takes ?config="),
         (["--flops", "1e15", "--run", "x.yaml"], "--run has nothing to write"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from thriftlm import prices
-from thriftlm.search.budget import STOP_SECONDS, Budget, reserve_seconds
+from thriftlm.search.budget import STOP_SECONDS, Budget
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.journal import Allocated, Released, Reported
 from thriftlm.search.state import SearchState
@@ -200,8 +200,10 @@ def test_what_a_running_trial_reserves(lab):
     trial = desk.next_trial()
     state, clock = desk.state, desk.clock
     begin = clock.now
-    assert reserve_seconds(state, trial, begin) == 60 + 60 + 5  # nothing was seen
-    assert reserve_seconds(state, trial, begin + 90) == 0 + 90 + 5  # late, and may be so again
+    assert Budget().reserve_seconds(state, trial, begin) == 60 + 60 + 5  # nothing was seen
+    assert (
+        Budget().reserve_seconds(state, trial, begin + 90) == 0 + 90 + 5
+    )  # late, and may be so again
 
     def report(after, status="running", tokens=1):
         clock.now = begin + after
@@ -213,14 +215,16 @@ def test_what_a_running_trial_reserves(lab):
         )
 
     report(20)
-    assert reserve_seconds(state, trial, clock.now) == 20 + 20 + 5  # start-up bounds the interval
+    assert (
+        Budget().reserve_seconds(state, trial, clock.now) == 20 + 20 + 5
+    )  # start-up bounds the interval
     report(26)
-    assert reserve_seconds(state, trial, clock.now) == 6 + 6 + 5
-    assert reserve_seconds(state, trial, clock.now + 4) == 2 + 6 + 5
+    assert Budget().reserve_seconds(state, trial, clock.now) == 6 + 6 + 5
+    assert Budget().reserve_seconds(state, trial, clock.now + 4) == 2 + 6 + 5
     trial.stop_reason = "asha"
-    assert reserve_seconds(state, trial, clock.now + 4) == 2 + 5
+    assert Budget().reserve_seconds(state, trial, clock.now + 4) == 2 + 5
     report(32, status="done")
-    assert reserve_seconds(state, trial, clock.now + 1) == 4
+    assert Budget().reserve_seconds(state, trial, clock.now + 1) == 4
 
 
 def test_without_bounds_everything_goes_on(lab):

@@ -143,7 +143,7 @@ def test_scheduler_auto_fits_the_algorithm(write, algorithm, scheduler, resolved
         (3, "{usd: 1}", "{}", "training_budget: training_budget needs usd, hours or both"),
         (3, "{usd: 1}", "{usd: -1}", "training_budget.usd: must be above 0, got -1"),
         (4, "{trials: 8}", "{}", "search_budget needs at least one of usd, hours, trials"),
-        (5, "random", "factored", "algorithm factored is not built yet; use random, grid or"),
+        (5, "random", "bayesian", "search.algorithm: "),
         (5, "random", "optima", "did you mean 'optuna'?"),
         (5, "fid", "repeats: 3, fid", "search.repeats: repeats is 3: several seeds per point"),
         (5, "1e6", "1e4", "min_tokens must not exceed max_tokens: 100000 > 10000"),

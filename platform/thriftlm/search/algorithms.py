@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import optuna
 
+from thriftlm.search.journal import Event
+from thriftlm.search.objective import rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
-from thriftlm.search.state import SearchState
+from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec
 
 MAX_DRAWS = 2_000
@@ -59,11 +61,50 @@ def tpe(space: Space, state: SearchState) -> Iterator[Proposal]:
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     study = optuna.create_study(directions=directions, sampler=sampler)
     study.add_trials(history)
-    guided = (dict(study.ask(distributions).params) for _ in range(GUIDED_DRAWS))
+    guided = (space.nearest(study.ask(distributions).params) for _ in range(GUIDED_DRAWS))
     return _new(space, state, itertools.chain(guided, _draws(space)))
 
 
 ALGORITHMS: dict[str, Algorithm] = {"random": random, "grid": grid, "optuna": tpe}
+
+
+class Searcher:
+    """What the desk asks of an algorithm, and tells it. This one proposes, and never pauses."""
+
+    pauses = False
+    """Whether stopped trials may go on."""
+
+    def __init__(self, space: Space, algorithm: Algorithm) -> None:
+        self.space, self.algorithm = space, algorithm
+
+    def observe(self, event: Event) -> None:
+        """Take an event of the journal into account; each comes once, in order."""
+
+    def propose(self, state: SearchState) -> Iterator[Proposal]:
+        """New trials, best first."""
+        return self.algorithm(self.space, state)
+
+    def resume(self, state: SearchState, is_last: bool) -> str | None:
+        """The paused trial worth more than a new one; `is_last`: there can be no new one."""
+        return None
+
+    def pause(self, trial: TrialState) -> str | None:
+        """Why a running trial should wait after its next report; begins with `PAUSED`."""
+        return None
+
+    def leader(self, state: SearchState) -> str | None:
+        """The trial to answer with now."""
+        scores = score_trials(self.space, state, state.trials.values(), samples=FEW_SAMPLES)
+        return next(iter(rank(scores)), None)
+
+
+def started(space: Space) -> Searcher:
+    """The searcher that a space asks for, before its first event."""
+    if space.search.algorithm == "factored":
+        from thriftlm.search.factored import Factored
+
+        return Factored(space)
+    return Searcher(space, ALGORITHMS[space.search.algorithm])
 
 
 def _draws(space: Space) -> Iterator[dict[str, Any]]:

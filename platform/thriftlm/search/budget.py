@@ -6,10 +6,12 @@ at least to the report after that. Both are reserved, and booked spend passes th
 trial turns out slower than it had been.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 from thriftlm.search.state import SearchState, TrialState
+from thriftlm.spec import RunSpec
 
 STOP_SECONDS = 5.0
 """From the last report of a trial to the release of its resources: a small checkpoint and the end
@@ -17,6 +19,9 @@ of the workers. Measured 1 to 4 s on two cores with Ray 2.60."""
 FIRST_REPORT_SECONDS = 60.0
 """From allocation to the first report, before any trial has shown it: 8 to 20 s of start-up
 measured on two cores, and training."""
+
+FirstReport = Callable[[RunSpec], float]
+"""Seconds from allocation to the first report to expect of a run."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +31,32 @@ class Budget:
     usd: float | None = None
     hours: float | None = None
     trials: int | None = None
+    first_report: FirstReport | None = None
+    """Who knows it better than `expected_first_report`."""
 
-    def refusal(self, state: SearchState, now: float, *, usd_per_hour: float) -> str | None:
+    def refusal(
+        self, state: SearchState, now: float, *, usd_per_hour: float, run: RunSpec | None = None
+    ) -> str | None:
         """Why a new trial at this price cannot start now, None when it can."""
-        seconds = 2 * expected_first_report(state) + STOP_SECONDS
+        seconds = 2 * self._to_first_report(state, run) + STOP_SECONDS
         needed_usd = usd_per_hour * seconds / 3600
         return self._usd_passed(state, now, needed_usd) or self._hours_passed(state, now, seconds)
 
     def stop_reason(self, state: SearchState, trial: TrialState, now: float) -> str | None:
         """Why a running trial must end at its next report, None when it may go on."""
-        seconds = reserve_seconds(state, trial, now)
+        seconds = self.reserve_seconds(state, trial, now)
         return self._usd_passed(state, now, 0.0) or self._hours_passed(state, now, seconds)
+
+    def _to_first_report(self, state: SearchState, run: RunSpec | None) -> float:
+        if self.first_report is None or run is None:
+            return expected_first_report(state)
+        return self.first_report(run)
 
     def _usd_passed(self, state: SearchState, now: float, more_usd: float) -> str | None:
         if self.usd is None:
             return None
         reserved = sum(
-            trial.allocations[-1].usd_per_hour * reserve_seconds(state, trial, now) / 3600
+            trial.allocations[-1].usd_per_hour * self.reserve_seconds(state, trial, now) / 3600
             for trial in state.running
         )
         if state.spent_usd(now) + reserved + more_usd <= self.usd:
@@ -54,32 +68,31 @@ class Budget:
             return None
         return f"search budget of {self.hours:g} hours"
 
+    def reserve_seconds(self, state: SearchState, trial: TrialState, now: float) -> float:
+        """Seconds from now until a running trial has ended when it is stopped as late as can be."""
+        last = _last_sign(trial)
+        if trial.is_finishing:
+            return max(0.0, last + STOP_SECONDS - now)
+        interval = self.longest_interval(state, trial)
+        to_next_report = max(0.0, last + interval - now)
+        one_more = 0.0 if trial.stop_reason else max(interval, now - last)
+        return to_next_report + one_more + STOP_SECONDS
 
-def reserve_seconds(state: SearchState, trial: TrialState, now: float) -> float:
-    """Seconds from now until a running trial has ended when it is stopped as late as can be."""
-    last = _last_sign(trial)
-    if trial.is_finishing:
-        return max(0.0, last + STOP_SECONDS - now)
-    interval = longest_interval(state, trial)
-    to_next_report = max(0.0, last + interval - now)
-    one_more = 0.0 if trial.stop_reason else max(interval, now - last)
-    return to_next_report + one_more + STOP_SECONDS
+    def late_seconds(self, state: SearchState, trial: TrialState, now: float) -> float:
+        """Seconds since the report of a running trial was due; negative while it is not."""
+        return now - _last_sign(trial) - self.longest_interval(state, trial)
 
+    def longest_interval(self, state: SearchState, trial: TrialState) -> float:
+        """Seconds to expect at most between two reports of a running trial.
 
-def late_seconds(state: SearchState, trial: TrialState, now: float) -> float:
-    """Seconds since the report of a running trial was due; negative while it is not."""
-    return now - _last_sign(trial) - longest_interval(state, trial)
-
-
-def longest_interval(state: SearchState, trial: TrialState) -> float:
-    """Seconds to expect at most between two reports of a running trial.
-
-    Its longest so far; that to its first report, which has the start-up in it, before it has shown
-    another; and what first reports of other trials took before it has made one.
-    """
-    at = [trial.allocations[-1].since, *trial.reported_at]
-    first, *others = [b - a for a, b in pairwise(at)] or [expected_first_report(state)]
-    return max(others, default=first)
+        Its longest so far; that to its first report, which has the start-up in it, before it has
+        shown another; and what first reports of other trials took before it has made one.
+        """
+        at = [trial.allocations[-1].since, *trial.reported_at]
+        first, *others = [b - a for a, b in pairwise(at)] or [
+            self._to_first_report(state, trial.run)
+        ]
+        return max(others, default=first)
 
 
 def expected_first_report(state: SearchState) -> float:

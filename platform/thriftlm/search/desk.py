@@ -12,7 +12,7 @@ from typing import Literal
 from thriftlm import prices
 from thriftlm.search import algorithms
 from thriftlm.search.asha import rung_reached, survives
-from thriftlm.search.budget import Budget, late_seconds
+from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.journal import (
     Allocated,
@@ -30,7 +30,7 @@ from thriftlm.search.objective import Score
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import Progress, Status
+from thriftlm.spec import Progress, RunSpec, Status
 
 INTERRUPTED = "interrupted"
 
@@ -47,6 +47,11 @@ class Finished:
     reason: str
 
 
+def listed_price(run: RunSpec) -> tuple[float, str]:
+    """The price of a run's system by the catalog, and its source."""
+    return prices.usd_per_hour(run.system), str(prices.price(run.system))
+
+
 class Desk:
     """Decides, and keeps the journal.
 
@@ -55,6 +60,9 @@ class Desk:
         journal: open, and begun with `SearchStarted`.
         capacity: what the cluster holds.
         clock: Unix seconds.
+        price_of: USD per hour of everything that a run is billed for, and where that comes from.
+        first_report: seconds to the first report of a run, where that is known.
+        searcher: makes who proposes; the one that the space names.
     """
 
     def __init__(
@@ -63,13 +71,19 @@ class Desk:
         journal: Journal,
         capacity: Capacity,
         clock: Callable[[], float] = time.time,
+        price_of: Callable[[RunSpec], tuple[float, str]] = listed_price,
+        first_report: FirstReport | None = None,
+        searcher: Callable[[Space], algorithms.Searcher] = algorithms.started,
     ) -> None:
         self.space, self.journal, self.capacity, self.clock = space, journal, capacity, clock
+        self.price_of = price_of
         self.state = SearchState(journal.events)
         self.settings = space.search
         limits = space.search_budget
-        self.budget = Budget(limits.usd, limits.hours, limits.trials)
-        self.propose = algorithms.ALGORITHMS[self.settings.algorithm]
+        self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
+        self.algorithm = searcher(space)
+        for event in journal.events:
+            self.algorithm.observe(event)
         self.interrupted = False
 
     def resume(self) -> None:
@@ -81,7 +95,7 @@ class Desk:
         for trial in self.state.running:
             self._release(trial, died_at)
         for trial in self.state.waiting:
-            if trial.stop_reason not in (None, INTERRUPTED):
+            if not trial.is_paused and trial.stop_reason not in (None, INTERRUPTED):
                 self._end(trial, died_at, "stopped", trial.stop_reason or "", None)
         self._write(SearchResumed(at=self.clock()))
 
@@ -89,12 +103,15 @@ class Desk:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
-        fitting = (t for t in self.state.waiting if self.capacity.can_ever_hold(t.run.system))
+        waiting = (t for t in self.state.waiting if not t.is_paused)
+        fitting = (t for t in waiting if self.capacity.can_ever_hold(t.run.system))
         trial = next(fitting, None) or self._suggest()
-        if isinstance(trial, Finished):
+        if isinstance(trial, Finished | Wait):
             return trial
-        usd_per_hour = prices.usd_per_hour(trial.run.system)
-        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=usd_per_hour)
+        usd_per_hour, price = self.price_of(trial.run)
+        refusal = self.budget.refusal(
+            self.state, self.clock(), usd_per_hour=usd_per_hour, run=trial.run
+        )
         if refusal and not self.state.running:
             return Finished(f"{refusal} leaves no room for another trial")
         if refusal or not self._has_room(trial):
@@ -104,7 +121,7 @@ class Desk:
                 at=self.clock(),
                 trial_id=trial.trial_id,
                 usd_per_hour=usd_per_hour,
-                price=str(prices.price(trial.run.system)),
+                price=price,
             )
         )
         return trial
@@ -117,7 +134,8 @@ class Desk:
         )
         if progress.status == "running" and trial.stop_reason is None:
             reason = self.budget.stop_reason(self.state, trial, self.clock())
-            self._ask_to_end(trial, reason or self._asha_reason(trial))
+            reason = reason or self._asha_reason(trial) or self.algorithm.pause(trial)
+            self._ask_to_end(trial, reason)
         return trial.stop_reason is not None
 
     def check_budget(self) -> bool:
@@ -129,7 +147,7 @@ class Desk:
         """
         now = self.clock()
         going = [t for t in self.state.running if t.stop_reason is None and not t.is_finishing]
-        late = {t.trial_id: late_seconds(self.state, t, now) for t in going}
+        late = {t.trial_id: self.budget.late_seconds(self.state, t, now) for t in going}
         if max(late.values(), default=0.0) <= 0:
             return False
         for trial in sorted(going, key=lambda t: late[t.trial_id], reverse=True):
@@ -143,10 +161,10 @@ class Desk:
         reason: str = "",
         checkpoint: str | None = None,
     ) -> None:
-        """Release the resources of a trial; it is over unless it was only interrupted."""
+        """Release the resources of a trial; it is over unless it was interrupted or paused."""
         trial = self.state.trials[trial_id]
         self._release(trial, self.clock())
-        if status == "stopped" and trial.stop_reason == INTERRUPTED:
+        if status == "stopped" and (trial.stop_reason == INTERRUPTED or trial.is_paused):
             return
         if status == "stopped":
             reason = trial.stop_reason or reason
@@ -172,11 +190,24 @@ class Desk:
         """The score of every trial that measured a loss."""
         return score_trials(self.space, self.state, self.state.trials.values())
 
-    def _suggest(self) -> TrialState | Finished:
+    def leader(self) -> str | None:
+        """The trial that the search would answer with now, None while it has learned nothing."""
+        return self.algorithm.leader(self.state)
+
+    def _suggest(self) -> TrialState | Wait | Finished:
+        """A paused trial to go on with, or a new one."""
+        if self._is_full():
+            return Wait()
         number = len(self.state.trials)
-        if self.budget.trials is not None and number >= self.budget.trials:
-            return Finished(f"search budget of {self.budget.trials} trials")
-        for proposal in self.propose(self.space, self.state):
+        is_last = self.budget.trials is not None and number >= self.budget.trials
+        paused = self.algorithm.resume(self.state, is_last)
+        if paused is not None:
+            return self.state.trials[paused]
+        may_go_on = self.algorithm.pauses and self.state.running
+        if is_last:
+            why = f"search budget of {self.budget.trials} trials"
+            return Wait() if may_go_on else Finished(why)
+        for proposal in self.algorithm.propose(self.state):
             if self.capacity.can_ever_hold(proposal.run.system):
                 run = proposal.run
                 event = Suggested(
@@ -188,14 +219,17 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        return Finished("every point of the space that fits has been tried")
+        return (
+            Wait() if may_go_on else Finished("every point of the space that fits has been tried")
+        )
+
+    def _is_full(self) -> bool:
+        limit = self.settings.max_concurrent
+        return limit is not None and len(self.state.running) >= limit
 
     def _has_room(self, trial: TrialState) -> bool:
         running = [other.run.system for other in self.state.running]
-        limit = self.settings.max_concurrent
-        if limit is not None and len(running) >= limit:
-            return False
-        return self.capacity.can_hold(trial.run.system, running)
+        return not self._is_full() and self.capacity.can_hold(trial.run.system, running)
 
     def _asha_reason(self, trial: TrialState) -> str | None:
         if self.space.scheduler != "asha":
@@ -245,3 +279,4 @@ class Desk:
     def _write(self, event: Event) -> None:
         self.journal.append(event)
         self.state.apply(event)
+        self.algorithm.observe(event)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 Value = str | int | float | bool | None
 """What a sampled field can be: plain Python, so that it goes into JSON, Optuna and MLflow."""
+RATIO_IN_LOG = 4.0
+"""Recorded numbers that span more than this are compared by their logarithm."""
 MAX_LISTED = 20_000
 """Domains with more values than this are not listed, hence not enumerated."""
 
@@ -91,7 +93,51 @@ class Steps:
         return FloatDistribution(self.low, self.high, step=self.step)
 
 
-Domain = Choice | Uniform | Steps
+@dataclass(frozen=True)
+class Recorded:
+    """A field as far as a table has values of it; numbers are proposed between them and snapped."""
+
+    values: tuple[Value, ...]
+    log: bool = False
+
+    def sample(self, rng: np.random.Generator) -> Value:
+        """One value, all equally likely."""
+        return self.values[int(rng.integers(len(self.values)))]
+
+    def distribution(self) -> Any:
+        """The same as an Optuna distribution: continuous where all values are numbers."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        if len(self.values) > 1 and all(map(is_number, self.values)):
+            low, high = float(self.values[0]), float(self.values[-1])  # type: ignore[arg-type]
+            return FloatDistribution(low, high, log=self.log)
+        return CategoricalDistribution(self.values)
+
+    def scaled(self, value: Value) -> float | None:
+        """A number from 0 to 1 over the field's values; None for a word."""
+        if not all(map(is_number, self.values)) or not is_number(value):
+            return None
+        ends = [float(x) for x in (self.values[0], self.values[-1], value)]  # type: ignore[arg-type]
+        low, high, here = np.log(ends) if self.log else ends
+        return float((here - low) / (high - low)) if high > low else 0.0
+
+
+Domain = Choice | Uniform | Steps | Recorded
+
+
+def recorded(values: list[Value]) -> Recorded:
+    """The domain of the values that a table has of a field."""
+    distinct = list(dict.fromkeys(values))
+    if not all(map(is_number, distinct)):
+        return Recorded(tuple(sorted(distinct, key=str)))
+    numbers = sorted(distinct, key=float)  # type: ignore[arg-type]
+    low, high = float(numbers[0]), float(numbers[-1])  # type: ignore[arg-type]
+    return Recorded(tuple(numbers), log=low > 0 and high / low > RATIO_IN_LOG)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number; truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parse_domain(value: object) -> Domain | None:

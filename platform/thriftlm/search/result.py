@@ -18,7 +18,7 @@ class TrialRow(Spec):
     """What it measured: loss."""
     status: str
     """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
-    before it could start, or start again."""
+    before it could start, or start again; `paused` where others promised more."""
     reason: str
     """Why it ended early."""
     config: dict[str, Any]
@@ -114,7 +114,7 @@ def best(trial: TrialState, score: Score) -> Best:
 
 def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
     """One trial's line of the answer."""
-    status = trial.status or ("running" if trial.is_running else "waiting")
+    status = trial.status or _unended(trial)
     return TrialRow(
         trial_id=trial.trial_id,
         status=status,
@@ -127,6 +127,10 @@ def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
         tokens_per_s=trial.tokens_per_s(),
         usd=trial.usd(now),
     )
+
+
+def _unended(trial: TrialState) -> str:
+    return "running" if trial.is_running else "paused" if trial.is_paused else "waiting"
 
 
 def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:

@@ -39,7 +39,7 @@ def score_trials(
             observations,
             budget_usd=space.training_budget.usd,
             budget_hours=space.training_budget.hours,
-            unique_tokens=min(state.started.unique_tokens.values()),
+            unique_tokens=min(state.started.unique_tokens.values(), default=None),
             objective=space.objective_name,
             weights=space.objective_weights,
             samples=samples,

@@ -18,13 +18,11 @@ from thriftlm_models.counts import (
 Usd = PositiveFloat
 Hours = PositiveFloat
 
-NOT_YET = {
-    "factored": "algorithm factored is not built yet; use random, grid or optuna",
-}
 SCHEDULERS: dict[str, tuple[Literal["none", "asha"], ...]] = {
     "random": ("asha", "none"),
     "optuna": ("asha", "none"),
     "grid": ("none", "asha"),
+    "factored": ("none",),
 }
 """Valid schedulers of each algorithm; `auto` picks the first."""
 QUANTITIES: dict[str, Callable[[ModelSpec, int], float]] = {
@@ -165,12 +163,14 @@ class SearchSettings(Spec):
     fidelity: Fidelity
     """Tokens of a trial."""
 
-    @field_validator("algorithm")
-    @classmethod
-    def _algorithm(cls, value: str) -> str:
-        if value in NOT_YET:
-            raise ValueError(NOT_YET[value])
-        return value
+    @validator(mode="after")
+    def _pair(self) -> Self:
+        if self.scheduler not in ("auto", *SCHEDULERS[self.algorithm]):
+            raise ValueError(
+                f"algorithm {self.algorithm} takes scheduler "
+                f"{' or '.join(SCHEDULERS[self.algorithm])}, got {self.scheduler}"
+            )
+        return self
 
     @field_validator("repeats")
     @classmethod

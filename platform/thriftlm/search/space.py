@@ -210,6 +210,10 @@ class Space:
         """One point at random, valid or not."""
         return {path: domain.sample(rng) for path, domain in self.domains.items()}
 
+    def nearest(self, point: Point) -> dict[str, Value]:
+        """The point of the space nearest to one that a sampler proposed: itself."""
+        return dict(point)
+
     def grid(self) -> Iterator[dict[str, Value]]:
         """Every point, valid or not; the last field varies fastest.
 

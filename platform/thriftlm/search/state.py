@@ -20,6 +20,9 @@ from thriftlm.search.journal import (
 )
 from thriftlm.spec import Progress, RunSpec
 
+PAUSED = "paused"
+"""How the reason of a stop begins after which a trial may go on."""
+
 
 @dataclass
 class Allocation:
@@ -60,6 +63,12 @@ class TrialState:
     def has_ended(self) -> bool:
         """Whether it is over for good."""
         return self.status is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it was stopped to go on later, or never."""
+        reason = self.stop_reason or ""
+        return not self.is_running and not self.has_ended and reason.startswith(PAUSED)
 
     @property
     def is_finishing(self) -> bool:
@@ -140,7 +149,8 @@ class SearchState:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
         for trial in self.waiting:
-            trial.stop_reason = None
+            if not trial.is_paused:
+                trial.stop_reason = None
 
     @_apply.register
     def _(self, event: Suggested) -> None:
@@ -153,6 +163,7 @@ class SearchState:
         trial = self.trials[event.trial_id]
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
         trial.reported_at = []
+        trial.stop_reason = None
 
     @_apply.register
     def _(self, event: Reported) -> None:

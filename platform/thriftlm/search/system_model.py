@@ -1,0 +1,243 @@
+"""What every system of a space would cost a token, calibrated by what trials measured.
+
+The estimate of `thriftlm plan` is the prior. Measured throughput moves its constants
+(`planning.calibration`), and what they cannot explain is learned per card, strategy, gang size,
+micro batch and kernel, each with a prior width. A verdict on memory, either way, moves the
+correction of the memory estimate, since nobody knows beforehand how far an allocator fragments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from thriftlm.planning.calibration import PROBE_SPREAD, fit_constants, tokens_per_s
+from thriftlm.planning.constants import Constants, shipped
+from thriftlm.planning.machine import Machine
+from thriftlm.planning.memory import memory
+from thriftlm.planning.systems import Case, Systems, from_cases
+from thriftlm.spec import SystemSpec
+
+Floats = NDArray[np.float64]
+
+FIELD_SD = {
+    ("gpu",): 0.15,
+    ("strategy",): 0.08,
+    ("n_gpus",): 0.08,
+    ("attention",): 0.08,
+    ("micro_batch",): 0.05,
+    ("act_ckpt",): 0.05,
+    ("gpu", "strategy"): 0.08,
+    ("gpu", "n_gpus"): 0.05,
+}
+"""Scales of log(measured / estimated) that fields, or pairs of them, have in common."""
+OWN_SD, NOISE_SD = 0.04, 0.03
+"""Of a system alone, and of a measurement."""
+MEMORY_MEAN, MEMORY_SD, MEMORY_WIDTH = 0.05, 0.15, 0.03
+"""Log of true over estimated memory, and how blurred the cliff is."""
+UNKNOWN_SD = 10.0
+GROWTH = 1.3
+"""Constants are fitted again whenever there are this many times the facts."""
+
+
+class Fact(NamedTuple):
+    """What one system did with one shape."""
+
+    shape: int
+    system: int
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Of one shape on every system (S,), or of all shapes (K, S)."""
+
+    log_tokens_per_s: Floats
+    """Expected, of all GPUs together; -inf where the system cannot run the shape."""
+    sd: Floats
+    p_oom: Floats
+
+    def usd_per_token(self, usd_per_hour: Floats) -> Floats:
+        """Expected; infinite where the system cannot run the shape."""
+        with np.errstate(over="ignore"):
+            return np.asarray(usd_per_hour / 3600 * np.exp(-self.log_tokens_per_s))
+
+
+class SystemModel:
+    """Costs of shapes (model, batch, optimizer) on the systems of a space.
+
+    Args:
+        shapes: a case of each shape, on any system.
+        systems: all systems.
+        runs_on: whether a shape can run on a system (shapes, systems).
+        machine: what workers on a CPU run on.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Case],
+        systems: Sequence[SystemSpec],
+        runs_on: NDArray[np.bool_],
+        machine: Machine | None,
+    ) -> None:
+        self.prior = Prior.of(shapes, systems, runs_on, machine)
+        self._begin()
+
+    @classmethod
+    def over(cls, prior: "Prior") -> "SystemModel":
+        """A model that has learned nothing yet, over a prior that was computed before."""
+        self = cls.__new__(cls)
+        self.prior = prior
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
+        self.measured: dict[Fact, float] = {}
+        self.verdicts: dict[Fact, bool] = {}
+        self.constants = shipped().constants
+        self.log_speed = self.prior.log_speed
+        self.fitted = 0
+        self._settle()
+
+    def observe(self, fact: Fact, tokens_per_s_total: float | None, oom: bool) -> bool:
+        """Take a measured throughput, or that memory ran out, into account; whether it is news."""
+        news = self.verdicts.get(fact) != oom
+        self.verdicts[fact] = oom
+        if tokens_per_s_total is not None:
+            news = news or fact not in self.measured
+            self.measured[fact] = float(np.log(tokens_per_s_total))
+        if not news:
+            return False
+        if len(self.measured) >= GROWTH * self.fitted and len(self.measured) > self.fitted:
+            self.fitted = len(self.measured)
+            self._fit_constants()
+        self._settle()
+        return True
+
+    def all_costs(self) -> Costs:
+        """Of every shape (K, S), by what is known."""
+        log_speed = self.log_speed + self.shift
+        sd, p_oom = np.broadcast_to(self.sd, log_speed.shape).copy(), self.p_oom.copy()
+        for fact, value in self.measured.items():
+            log_speed[fact], sd[fact] = value, 0.0
+        for fact, oom in self.verdicts.items():
+            p_oom[fact] = float(oom)
+        return Costs(log_speed, sd, p_oom)
+
+    def costs(self, shape: int) -> Costs:
+        """Of one shape, by what is known."""
+        log_speed, sd = self.log_speed[shape] + self.shift, self.sd.copy()
+        p_oom = self.p_oom[shape].copy()
+        for fact, value in self.measured.items():
+            if fact.shape == shape:
+                log_speed[fact.system], sd[fact.system] = value, 0.0
+        for fact, oom in self.verdicts.items():
+            if fact.shape == shape:
+                p_oom[fact.system] = float(oom)
+        return Costs(log_speed, sd, p_oom)
+
+    def _fit_constants(self) -> None:
+        facts = list(self.measured)
+        rows = [self.prior.row(fact) for fact in facts]
+        systems = self.prior.rows.take(np.array(rows))
+        speeds = np.exp([self.measured[fact] for fact in facts]) / systems.n_gpus
+        self.constants, _ = fit_constants(systems, speeds, shipped().constants, PROBE_SPREAD)
+        self.log_speed = self.prior.speeds(self.constants)
+
+    def _settle(self) -> None:
+        self._learn_shift()
+        self._learn_memory()
+
+    def _learn_shift(self) -> None:
+        """Posterior of what systems have in common beyond the estimate: Bayesian regression."""
+        design, variance = self.prior.design, self.prior.variance
+        facts = [f for f in self.measured if np.isfinite(self.log_speed[f.shape, f.system])]
+        known = design[[fact.system for fact in facts]]
+        gaps = [self.measured[f] - self.log_speed[f.shape, f.system] for f in facts]
+        precision = np.diag(1 / variance) + known.T @ known / (NOISE_SD**2 + OWN_SD**2)
+        covariance = np.linalg.inv(precision)
+        weights = covariance @ known.T @ np.array(gaps) / (NOISE_SD**2 + OWN_SD**2)
+        self.shift = design @ weights if facts else np.zeros(len(design))
+        spread = np.einsum("ij,jk,ik->i", design, covariance, design)
+        self.sd = np.sqrt(spread + OWN_SD**2)
+
+    def _learn_memory(self) -> None:
+        grid = MEMORY_MEAN + MEMORY_SD * np.linspace(-3, 3, 61)
+        log_weight = -0.5 * np.linspace(-3, 3, 61) ** 2
+        for fact, oom in self.verdicts.items():
+            over = (self.prior.log_fill[fact.shape, fact.system] + grid) / MEMORY_WIDTH
+            if np.isfinite(over).all():
+                log_weight += np.log(expit(over if oom else -over) * 0.98 + 0.01)
+        weight = np.exp(log_weight - log_weight.max())
+        weight /= weight.sum()
+        fill = self.prior.log_fill
+        p_at = np.array([expit((edge + grid) / MEMORY_WIDTH) @ weight for edge in EDGES])
+        self.p_oom = np.where(np.isnan(fill), 0.0, np.interp(fill, EDGES, p_at))
+
+
+EDGES = np.linspace(-1.5, 1.5, 301)
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """What the shipped estimate says of every shape on every system."""
+
+    rows: Systems
+    n_systems: int
+    at: NDArray[np.intp]
+    """Row of each pair (shapes, systems); -1 where the system cannot run the shape."""
+    log_speed: Floats
+    """Of all GPUs together (shapes, systems); -inf where it cannot run."""
+    log_fill: Floats
+    """Log of estimated memory over what there is (shapes, systems); NaN where unknown."""
+    design: Floats
+    """Indicators of the fields of each system (systems, F)."""
+    variance: Floats
+
+    @classmethod
+    def of(
+        cls,
+        shapes: Sequence[Case],
+        systems: Sequence[SystemSpec],
+        runs_on: NDArray[np.bool_],
+        machine: Machine | None,
+    ) -> "Prior":
+        """Estimates of all pairs."""
+        pairs = np.argwhere(runs_on)
+        cases = [shapes[i]._replace(system=systems[j]) for i, j in pairs.tolist()]
+        rows = from_cases(cases, "thriftlm", machine)
+        at = np.full(runs_on.shape, -1)
+        at[tuple(pairs.T)] = np.arange(len(pairs))
+        fill = np.full(runs_on.shape, np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            fill[tuple(pairs.T)] = np.log(memory(rows).needed / rows.memory_bytes)
+        design, variance = _design(systems)
+        empty = np.zeros(runs_on.shape)
+        self = cls(rows, len(systems), at, empty, fill, design, variance)
+        object.__setattr__(self, "log_speed", self.speeds(shipped().constants))
+        if not np.isfinite(tokens_per_s(rows, shipped().constants)).any():
+            variance[0] = UNKNOWN_SD**2  # a machine that nobody has measured
+        return self
+
+    def row(self, fact: Fact) -> int:
+        """Where a pair stands among the rows."""
+        return int(self.at[fact.shape, fact.system])
+
+    def speeds(self, constants: Constants) -> Floats:
+        """Log of tokens per second of all GPUs (shapes, systems)."""
+        known = np.log(tokens_per_s(self.rows, constants) * self.rows.n_gpus)
+        usual = np.median(known[np.isfinite(known)]) if np.isfinite(known).any() else 0.0
+        known = np.where(np.isfinite(known), known, usual)
+        return np.where(self.at >= 0, known[self.at], -np.inf)
+
+
+def _design(systems: Sequence[SystemSpec]) -> tuple[Floats, Floats]:
+    columns, variance = [np.ones(len(systems))], [0.15**2]
+    for fields, sd in FIELD_SD.items():
+        keys = [tuple(getattr(one, field) for field in fields) for one in systems]
+        for key in dict.fromkeys(keys):
+            columns.append(np.array([float(other == key) for other in keys]))
+            variance.append(sd**2)
+    return np.column_stack(columns), np.array(variance)

@@ -1,0 +1,198 @@
+"""Rivals of the factored search, as people run them: raw loss, plain Optuna, plain ASHA."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import optuna
+
+from thriftlm.search.algorithms import Proposal, Searcher
+from thriftlm.search.asha import rung_reached, survives
+from thriftlm.search.factored import Factored, Parts
+from thriftlm.search.journal import Ended, Event, Reported, Suggested
+from thriftlm.search.section import Rejected
+from thriftlm.search.space import Space
+from thriftlm.search.state import SearchState, TrialState
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+PROBES = 12
+"""Systems that the expert times before he settles on one."""
+
+
+class Raw(Searcher):
+    """Random or TPE draws over the whole space, ranked by loss so far; ASHA stops by it."""
+
+    def __init__(self, space: Space, sampler: str, asha: bool) -> None:
+        self.space, self.sampler, self.asha = space, sampler, asha
+        self.trials: dict[str, Any] = {}
+        self.rungs: dict[int, dict[str, float]] = {}
+        self.loss: dict[str, tuple[int, float]] = {}
+        seed = space.search.seed
+        self.rng = np.random.default_rng(seed)
+        tpe = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=False)
+        self.study = optuna.create_study(sampler=tpe)
+        self.domains = dict(space.domains)
+        self.fixed: dict[str, Any] = {}
+
+    def observe(self, event: Event) -> None:
+        match event:
+            case Reported(trial_id=trial_id, progress=progress):
+                if progress.val_loss is not None and progress.status in ("running", "done"):
+                    self.loss[trial_id] = progress.tokens, progress.val_loss
+                elif progress.status in ("oom", "diverged"):
+                    self.loss.pop(trial_id, None)
+            case Ended(trial_id=trial_id):
+                asked = self.trials.get(trial_id)
+                if asked is not None:
+                    seen = self.loss.get(trial_id)
+                    failed = optuna.trial.TrialState.FAIL
+                    if seen is None:
+                        self.study.tell(asked, state=failed)
+                    else:
+                        self.study.tell(asked, seen[1])
+
+    def propose(self, state: SearchState) -> Iterator[Proposal]:
+        for _ in range(2000):
+            asked = None
+            if self.sampler == "tpe":
+                free = {p: d.distribution() for p, d in self.domains.items() if p not in self.fixed}
+                asked = self.study.ask(free)
+                point = self.space.nearest({**asked.params, **self.fixed})
+            else:
+                point = self.space.sample(self.rng)
+            run = self.space.resolve(point, self.space.search.seed)
+            if isinstance(run, Rejected) or run.trial_id in state.trials:
+                if asked is not None:
+                    self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                continue
+            self.trials[run.trial_id] = asked
+            yield Proposal(point, run)
+            return
+
+    def pause(self, trial: TrialState) -> str | None:
+        if not self.asha:
+            return None
+        fidelity = self.space.search.fidelity
+        before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
+        rung = rung_reached(fidelity.rungs, before, trial.tokens)
+        if rung is None or trial.loss is None:
+            return None
+        values = self.rungs.setdefault(rung, {})
+        values[trial.trial_id] = trial.loss
+        return None if survives(trial.trial_id, values, fidelity.factor) else "asha: not in the top"
+
+    def leader(self, state: SearchState) -> str | None:
+        """The lowest loss at the highest rung that anyone reached; without ASHA, of all."""
+        if not self.loss:
+            return None
+        top = self.space.search.fidelity.rungs
+        level = {t: sum(r <= tokens for r in top) for t, (tokens, _) in self.loss.items()}
+        highest = max(level.values())
+        return min((t for t in level if level[t] == highest), key=lambda t: self.loss[t][1])
+
+
+class Expert(Raw):
+    """First times a grid of systems with the first recipe, then fixes the cheapest."""
+
+    def __init__(self, space: Space, asha: bool) -> None:
+        super().__init__(space, "tpe", asha)
+        self.price: dict[str, float] = {}
+        self.probed: list[dict[str, Any]] = []
+
+    def propose(self, state: SearchState) -> Iterator[Proposal]:
+        if len(state.trials) < PROBES:
+            yield from self._probe(state)
+            return
+        if not self.fixed:
+            self.fixed = probed_best(self.space, state)
+        yield from super().propose(state)
+
+    def _probe(self, state: SearchState) -> Iterator[Proposal]:
+        yield from probe(self.space, state, self.rng)
+
+    def pause(self, trial: TrialState) -> str | None:
+        if trial.number < PROBES:
+            return "probe: timed"
+        return super().pause(trial)
+
+
+def probe(space: Space, state: SearchState, rng: np.random.Generator) -> Iterator[Proposal]:
+    """The next probe: one recipe, systems spread over cards and gangs by the expert's habit.
+
+    Memory is what an expert knows beforehand: he takes the fused kernel and a small micro batch.
+    """
+    del rng
+    runs = space.runs  # type: ignore[attr-defined]
+    middle = sorted(range(len(runs.recipes)), key=lambda r: str(runs.recipes[r]))
+    recipe = runs.recipes[middle[len(middle) // 2]]
+    cards = dict.fromkeys(s["system.gpu"] for s in runs.systems)
+    gangs = (8, 1, 16, 4)
+    done = {tuple(t.point.values()) for t in state.trials.values()}
+    for gang, card, micro in itertools.product(gangs, cards, (8, 4)):
+        for one in runs.systems:
+            wanted = {
+                "system.gpu": card,
+                "system.n_gpus": gang,
+                "system.micro_batch": micro,
+                "system.attention": "flash",
+            }
+            if any(one[key] != value for key, value in wanted.items()):
+                continue
+            point = {path: {**recipe, **one}[path] for path in space.domains}
+            if tuple(point.values()) in done:
+                break
+            run = space.resolve(point, 0)
+            if not isinstance(run, Rejected):
+                yield Proposal(point, run)
+                return
+            break
+
+
+def probed_best(space: Space, state: SearchState) -> dict[str, Any]:
+    """System fields of the probe with the most tokens per dollar."""
+    best, found = 0.0, {}
+    for trial in state.trials.values():
+        rate = trial.tokens_per_s()
+        if rate and trial.allocations and rate / trial.allocations[0].usd_per_hour > best:
+            best = rate / trial.allocations[0].usd_per_hour
+            found = {p: v for p, v in trial.point.items() if p.startswith("system.")}
+    return found
+
+
+class OurExpert(Factored):
+    """The expert's system with the factored search's learner."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space, Parts(explore=False, calibrate=True))
+        self.rng = np.random.default_rng(space.search.seed)
+        self.probes: set[str] = set()
+        self.numbers: list[str] = []
+        self.fixed: int | None = None
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, Suggested) and len(self.numbers) < PROBES:
+            self.numbers.append(event.trial_id)
+        if isinstance(event, Ended) and event.trial_id in self.numbers:
+            self.probes.add(event.trial_id)
+        super().observe(event)
+
+    def propose(self, state: SearchState) -> Iterator[Proposal]:
+        if len(state.trials) < PROBES:
+            yield from probe(self.space, state, self.rng)
+            return
+        if self.fixed is None:
+            best = probed_best(self.space, state)
+            self.fixed = self.menu.system_at[tuple(best[p] for p in self.menu.system_paths)]
+        yield from super().propose(state)
+
+    def pause(self, trial: TrialState) -> str | None:
+        if trial.trial_id in self.numbers:
+            return "probe: timed"
+        return super().pause(trial)
+
+    def _system(self, recipe: int, state: SearchState, rng: np.random.Generator) -> int | None:
+        found = super()._system(recipe, state, rng)
+        if self.fixed is not None and self.menu.allowed(recipe)[self.fixed]:
+            return self.fixed
+        return found

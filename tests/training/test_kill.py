@@ -153,6 +153,44 @@ def test_killed_runs_end_as_if_they_had_not_been(ranks, bench, forks, tmp_path):
     assert counts["killed"] == 5
 
 
+def values(measured: Measurement) -> list[float]:
+    return [value for p in measured.curve for value in (p.train_loss, p.val_loss) if value]
+
+
+CHAINS = {
+    "torch": [("ddp", 2), ("fsdp_full", 4), ("single", 1)],
+    "zero": [("zero2", 2), ("single", 1), ("zero3", 2)],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_killed_run_goes_on_on_other_ranks_with_another_strategy(chain, bench, forks, tmp_path):
+    output = tmp_path / "run"
+    whole = bench.train(bench.spec(), tmp_path / "whole")
+    steps = []
+    for start, (strategy, n_gpus) in enumerate(CHAINS[chain]):
+        system = {"strategy": strategy, "n_gpus": n_gpus, "micro_batch": 2}
+        run = bench.spec(system=system, checkpoint_every_tokens=BATCH_TOKENS)
+        pids = forks.start(job(run, bench, output, start))
+        if start < 2:  # once it has got further, kill it
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline:
+                latest = checkpoint.latest(output)
+                if latest is not None and step_of(latest.name) > (steps or [0])[-1]:
+                    steps.append(step_of(latest.name))
+                    break
+                time.sleep(0.001)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        codes = forks.statuses()
+    assert codes == [0] * n_gpus, (tmp_path / "log-run_0").read_text()
+    assert len(steps) == 2
+    assert 0 < steps[0] < steps[1] < 20
+    found = Measurement.model_validate_json(Path(f"{output}.json").read_text())
+    assert found.status == "done"
+    assert values(found) == pytest.approx(values(whole), abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", RANKS)
 def test_killed_fifty_times(ranks, bench, forks, tmp_path):

@@ -33,7 +33,7 @@ from thriftlm.training.ranks import joined
 from thriftlm.training.telemetry import Interval
 from thriftlm_models.counts import stored_params
 
-MEASURING_SECONDS = 240.0
+MEASURING_SECONDS = 180.0
 CHECKPOINTS = 6
 CHECKPOINT_SECONDS = 300.0
 AFTER_SECONDS = 4.0
@@ -78,6 +78,7 @@ class Steps:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.kept = list(run.batches.at(0))
+        run.step = 1
 
     def bare(self) -> None:
         self._work(self.kept)
@@ -164,13 +165,15 @@ def measured(shape: str, folder: Path) -> list[str]:
 
     with joined(spec.system) as ranks:
         run = Run(spec, report, ranks, folder / shape)
-        run.set_up(folder / "shards", None)
+        run.set_up(folder / "shards")
         steps = Steps(run)
         for kind in KINDS:
             getattr(steps, kind)()
         taken = step_seconds(steps)
         bare = taken["bare"]
         saves = checkpoint_seconds(steps, float(np.median(bare)))
+        run.writer.wait()
+        run.close()
     name = f"{stored_params(spec.model) / 1e6:.0f}M"
     rows = [f"| {name} | {KINDS['bare']}, {len(bare)} of each | {np.quantile(bare, 0.25):.3f} s |"]
     for kind in list(KINDS)[1:]:

@@ -68,7 +68,7 @@ def thriftlm(task: dict[str, Any]) -> None:
     with joined(spec.system) as ranks:
         run = Run(spec, lambda progress, written: Decision.CONTINUE, ranks, Path())
         run.engine = build_engine(spec, ranks)
-        run.batches = Kept()  # type: ignore[assignment]
+        run.packing, run.batches = None, Kept()  # type: ignore[assignment]
         turns, interval = Turns(), Interval(run.telemetry, 10**6)
         while True:
             turns.next()

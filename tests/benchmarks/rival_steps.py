@@ -33,8 +33,8 @@ from pydantic import ValidationError
 from thriftlm.spec import ModelSpec, SystemSpec
 from thriftlm_models.counts import stored_params
 
-ROUNDS = 15
-WARM_UP = 3
+ROUNDS = 9
+WARM_UP = 2
 BARS = {"transformers": 1.5, "litgpt": 1.2}
 THREADS = 2
 HERE = Path(__file__).parent

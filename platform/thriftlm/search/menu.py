@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thriftlm import prices
+from thriftlm.planning.cases import Case
 from thriftlm.planning.estimate import case_of
 from thriftlm.planning.hyperparameters import step_law
-from thriftlm.planning.systems import Case
 from thriftlm.search.curve_model import Features
 from thriftlm.search.domains import Domain, Value
 from thriftlm.search.recorded_table import RecordedSpace

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from thriftlm.planning.calibration import PROBE_SPREAD, fit_constants, tokens_per_s
+from thriftlm.planning.cases import Case, from_cases
 from thriftlm.planning.constants import Constants, shipped
 from thriftlm.planning.machine import Machine
 from thriftlm.planning.memory import memory
-from thriftlm.planning.systems import Case, Systems, from_cases
+from thriftlm.planning.systems import Systems
 from thriftlm.spec import SystemSpec
 
 Floats = NDArray[np.float64]

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers an operator that is named below
 from torch import Tensor
-from torch.nn.attention import varlen as varlen  # registers its operator
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,

@@ -125,9 +125,14 @@ def test_bulk_from_file_to_file_is_fast(thriftlm, tmp_path):
     many = tmp_path / "many.csv"
     many.write_text("\n".join([header, *(lines * 105)]) + "\n")
     start = time.process_time()
+    with many.open(newline="") as rows, (tmp_path / "copy.csv").open("w", newline="") as copy:
+        csv.writer(copy).writerows(csv.reader(rows))
+    copying = time.process_time() - start
+    start = time.process_time()
     code, *_ = thriftlm("estimate", "--table", str(many), "--out", str(tmp_path / "out.csv"))
     assert code == 0
-    assert 105 * len(lines) / (time.process_time() - start) > 20_000  # with reading and writing
+    # A ratio within one run: 3 to 3.5 measured, at 35,000 to 42,000 rows a second.
+    assert time.process_time() - start < 7 * copying
 
 
 @pytest.mark.parametrize(

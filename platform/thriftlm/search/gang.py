@@ -115,7 +115,10 @@ def run_gang(config: dict[str, Any], number: int) -> Measurement:
         train_on_worker,
         train_loop_config=config,
         scaling_config=scaling(spec.system),
-        torch_config=TorchConfig(backend="gloo" if spec.system.gpu == "cpu" else "nccl"),
+        # As `ranks` makes it: on a GPU gloo stands beside NCCL, for what lies in host memory.
+        torch_config=TorchConfig(
+            backend="gloo" if spec.system.gpu == "cpu" else "cpu:gloo,cuda:nccl"
+        ),
         run_config=ray_train.RunConfig(
             name=f"{config['trial_id']}-{tune.get_context().get_trial_id()}-{number}",
             storage_path=str(Path(config["folder"]) / "ray"),

@@ -40,6 +40,8 @@ SAMPLING_SHARE = 0.005
 """Largest share of the training time that goes into sampling communication."""
 ASSUMED_SAMPLE_SECONDS = 0.2
 """What a sample costs before one was taken; measured 0.1 s for a step of 8,000 operators."""
+LEAST_SAMPLE_SECONDS = 0.01
+"""What a sample costs at least: next to a step that noise made long it would seem to cost nothing."""
 MOST_BLOCK_PASSES = 2000
 """Blocks run in one step above which no sample is taken: its events would fill the memory."""
 
@@ -129,7 +131,8 @@ class Telemetry:
         per_step = seconds / interval.steps if interval.steps else 0.0
         self._since_sample += seconds
         if sample:
-            self._sample_seconds, self._since_sample = max(0.0, cost - per_step), 0.0
+            self._sample_seconds = max(LEAST_SAMPLE_SECONDS, cost - per_step)
+            self._since_sample = 0.0
         all_norms = as_floats(interval.norms)
         norms = [norm for norm in all_norms if math.isfinite(norm)]
         counted = [

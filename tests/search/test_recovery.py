@@ -93,6 +93,7 @@ def wait_for(enough: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     raise AssertionError("not in five minutes")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_worker_killed_within_a_trial_recovers_from_its_checkpoint(tmp_path):
     corpus, library = tmp_path / "corpus", Path(os.__file__).parent

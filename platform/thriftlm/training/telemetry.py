@@ -41,7 +41,7 @@ SAMPLING_SHARE = 0.005
 ASSUMED_SAMPLE_SECONDS = 0.2
 """What a sample costs before one was taken; measured 0.1 s for a step of 8,000 operators."""
 LEAST_SAMPLE_SECONDS = 0.01
-"""What a sample costs at least: next to a step that noise made long it would seem to cost nothing."""
+"""Of a sample at least: beside a step that noise made long it would seem to cost nothing."""
 MOST_BLOCK_PASSES = 2000
 """Blocks run in one step above which no sample is taken: its events would fill the memory."""
 

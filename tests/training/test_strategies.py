@@ -45,6 +45,16 @@ PACKED = {"packing": "best_fit", "document_mask": True}
 WIDE = {"d_model": 336, "d_ff": 672, "n_layers": 1}
 PAIR = {"n_gpus": 2, "micro_batch": 2}
 BF16 = {"precision": "amp_bf16"}
+KINDS: dict[str, dict[str, Any]] = {
+    "fsdp_full+offload": {"system": {"strategy": "fsdp_full", "cpu_offload": True}},
+    "zero2+offload": {"system": {"strategy": "zero2", "cpu_offload": True}},
+    "zero3+offload": {"system": {"strategy": "zero3", "cpu_offload": True}},
+    "ddp+muon": {"system": {"strategy": "ddp"}, "optim": {"optimizer": "muon"}},
+    "hsdp+muon": {"system": {"strategy": "hsdp"}, "optim": {"optimizer": "muon"}},
+    "fsdp_full+bf16": {"system": {"strategy": "fsdp_full", "precision": "bf16_true"}},
+    "zero1+bf16": {"system": {"strategy": "zero1", "precision": "bf16_true"}},
+}
+"""Other kinds of state that a checkpoint has to hold: in host memory, of Muon, without masters."""
 
 
 def job(name: str, run: RunSpec, bench: Any, **more: Any) -> dict[str, Any]:
@@ -80,6 +90,13 @@ def jobs(bench: Any, folder: Path, single_checkpoint: str) -> list[dict[str, Any
         listed += [
             job(f"first/{strategy}", run, bench, stop_at=MIDDLE),
             job(f"second/{strategy}", run, bench, resume_from=middle(folder, strategy)),
+        ]
+    for kind, sections in KINDS.items():
+        run = bench.spec(**sections | {"system": PAIR | sections["system"]})
+        listed += [
+            job(f"whole/{kind}", run, bench),
+            job(f"first/{kind}", run, bench, stop_at=MIDDLE),
+            job(f"second/{kind}", run, bench, resume_from=middle(folder, kind)),
         ]
     # Each goes on from the middle of another one's run, in the next's layout.
     listed += [
@@ -225,11 +242,11 @@ def test_bf16_of_one_process_stays_near_fp32(single):
 def test_divergence_is_a_result(strategy, pair):
     found = pair[f"wild/{strategy}"]
     assert (found.status, found.final.step) == ("diverged", 1 + SKIPS_IN_A_ROW)
-    assert [report.status for report in found.curve[:-1]] == ["running"]
+    assert [report.status for report in found.curve[:-1]] == ["running"] * SKIPS_IN_A_ROW
     assert found.final.grad_norm is found.final.val_loss is None
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *KINDS])
 def test_resumed_run_goes_on_as_if_it_had_not_stopped(strategy, pair):
     """The first part was stopped by the second rank alone, which is enough."""
     first, second, whole = (pair[f"{part}/{strategy}"] for part in ("first", "second", "whole"))

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from thriftlm import prices
 from thriftlm.planning.machine import Machine, remember
+from thriftlm.planning.systems import STRATEGIES
 from thriftlm.review.tables import plain_console
 from thriftlm.search.provenance import versions
 from thriftlm.search.storage import Storage
@@ -42,16 +43,7 @@ def examine(storage: Storage) -> dict[str, Any]:
             f"{device} {name}": list(available_kernels(device, dtype))
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         },
-        "strategies": [
-            "single",
-            "ddp",
-            "fsdp_full",
-            "fsdp_grad_op",
-            "hsdp",
-            "zero1",
-            "zero2",
-            "zero3",
-        ],
+        "strategies": list(STRATEGIES),
         "matmul_tflops_measured": {"fp32": speed.fp32_tflops, "bf16": speed.bf16_tflops},
         "memory_gb_per_s_measured": speed.memory_gb_per_s,
         "storage": str(storage.root),

@@ -1,8 +1,8 @@
 """Where checkpoints lie, in a folder or an object store, and what makes one whole.
 
-A checkpoint is a folder `step_XXXXXXXX`. Its `manifest.json` is written last and lists every other
+A checkpoint is a folder `step_00001000`. Its `manifest.json` is written last and lists every other
 file with size and checksum: without it, it is no checkpoint. In a folder it appears by a rename
-from `step_XXXXXXXX.partial`, everything on disk. An object store cannot rename: there files are
+from `step_00001000.partial`, everything on disk. An object store cannot rename: there files are
 uploaded under their final names, and the manifest alone decides.
 """
 

@@ -41,7 +41,7 @@ def test_without_cuda_it_says_so_and_exits_2(tmp_path):
 
 def test_make_gpu_check_is_that_script():
     shown = subprocess.run(
-        ["make", "--dry-run", "gpu-check"],
+        ["make", "--no-print-directory", "--dry-run", "gpu-check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

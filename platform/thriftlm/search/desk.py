@@ -5,13 +5,13 @@ takes effect, and all of it can be replayed.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from thriftlm import prices
 from thriftlm.search import algorithms
-from thriftlm.search.asha import rung_reached, survives
+from thriftlm.search.asha import rung_reached, rungs_of, survives
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.gangs import Gangs
@@ -149,7 +149,7 @@ class Desk:
         )
         if progress.status == "running" and trial.stop_reason is None:
             reason = self.budget.stop_reason(self.state, trial, self.clock())
-            reason = reason or self._asha_reason(trial) or self.algorithm.pause(trial)
+            reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
             self._ask_to_end(trial, reason)
         return trial.stop_reason is not None
 
@@ -282,21 +282,25 @@ class Desk:
         running = [other.run.system for other in self.state.running]
         return self.capacity.can_hold(trial.run.system, running)
 
-    def _asha_reason(self, trial: TrialState) -> str | None:
-        if self.space.scheduler != "asha":
-            return None
+    def _halving_reason(self, trial: TrialState) -> str | None:
+        rungs = self._rungs(trial)
         before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
-        rung = rung_reached(self.settings.fidelity.rungs, before, trial.tokens)
+        rung = rung_reached(rungs, before, trial.tokens)
         if rung is None:
             return None
-        values = self._values_at(rung)
+        reached = (t for t in self.state.trials.values() if t.tokens >= rung)
+        values = self._values_at(rung, [t for t in reached if self._rungs(t) == rungs])
         factor = self.settings.fidelity.factor
         if trial.trial_id in values and not survives(trial.trial_id, values, factor):
-            return f"asha: not in the top 1/{factor} of {len(values)} at {rung} tokens"
+            place = f"not in the top 1/{factor} of {len(values)} at {rung} tokens"
+            return f"{self.space.scheduler}: {place}"
         return None
 
-    def _values_at(self, rung: int) -> Mapping[str, float]:
-        reached = [trial for trial in self.state.trials.values() if trial.tokens >= rung]
+    def _rungs(self, trial: TrialState) -> Sequence[int]:
+        fidelity = self.settings.fidelity
+        return rungs_of(self.space.scheduler, trial.number, fidelity.rungs, fidelity.factor)
+
+    def _values_at(self, rung: int, reached: Sequence[TrialState]) -> Mapping[str, float]:
         scores = score_trials(
             self.space, self.state, reached, until_tokens=rung, samples=FEW_SAMPLES
         )

@@ -143,8 +143,9 @@ class Cluster:
         behaviour = self.behave(trial.run)
         tokens = self.checkpoints.get(trial.trial_id, 0)
         assert trial.gang not in self.dismissed
-        first = behaviour.intervals if trial.gang in self.live else behaviour.first
+        is_live = trial.gang is not None and trial.gang in self.live
         self.live.add(trial.gang)
+        first = behaviour.interval(1) if is_live else behaviour.first
         self.after(first, lambda: self.hand_in(trial.run, behaviour, tokens, 1))
 
     def hand_in(self, run, behaviour, before, k):

@@ -21,6 +21,8 @@ def serve(config: dict[str, Any]) -> None:
         config: `exchange` (the actor), `gang`, `cache` (of shards), `first` (number of its first
             job) and `starts_lost` (how often gangs were lost in that job).
     """
+    from thriftlm.training.consecutive import between_runs
+
     exchange, number = config["exchange"], config["first"]
     rank = ray_train.get_context().get_world_rank()
     while (job := ray.get(exchange.job.remote(config["gang"], number))) is not None:
@@ -28,6 +30,8 @@ def serve(config: dict[str, Any]) -> None:
         if rank == 0:
             starts_lost = config["starts_lost"] if number == config["first"] else 0
             ray.get(exchange.ended.remote(config["gang"], success(measured, starts_lost)))
+        del measured
+        between_runs()
         number += 1
 
 

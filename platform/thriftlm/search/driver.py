@@ -86,16 +86,43 @@ class Hosts:
             del self.live[refs[ref]]
 
 
+class Turn:
+    """What is due at every turn of Tune's loop, wherever that happens to stand."""
+
+    def __init__(self, desk: Desk, hosts: Hosts) -> None:
+        self.desk, self.hosts = desk, hosts
+        self.interrupt_asked = False
+
+    def take(self) -> None:
+        """Obey an interruption, the budget and the gangs' time limits."""
+        if self.interrupt_asked and not self.desk.interrupted:
+            self.desk.interrupt()
+            self.post_stops()
+        if self.desk.check_budget():  # a trial may be late for the report that would tell us
+            self.post_stops()
+        self.hosts.settle(self.desk)
+
+    def post_stops(self) -> None:
+        """Tell the exchange every stop of the desk."""
+        for trial in self.desk.state.running:
+            if trial.stop_reason is not None:
+                self.hosts.exchange.stop.remote(trial.trial_id)
+
+
 class DeskSearcher(Unpickled, Searcher):
     """Tune's question "what next?", put to the desk."""
 
-    def __init__(self, desk: Desk, hosts: Hosts) -> None:
+    def __init__(self, desk: Desk, hosts: Hosts, turn: Turn) -> None:
         super().__init__()
-        self.desk, self.hosts = desk, hosts
+        self.desk, self.hosts, self.turn = desk, hosts, turn
         self.finished = ""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The configuration of the next trial, None to wait, `FINISHED` when there is none."""
+        """The configuration of the next trial, None to wait, `FINISHED` when there is none.
+
+        While no trial is left, Tune asks this again and again and does nothing else.
+        """
+        self.turn.take()
         answer = self.desk.next_trial()
         match answer:
             case Finished(reason):
@@ -122,20 +149,14 @@ class DeskSearcher(Unpickled, Searcher):
 class DeskScheduler(Unpickled, FIFOScheduler):
     """Tune's results, told to the desk; a stop goes to the exchange and is obeyed at a report."""
 
-    def __init__(self, desk: Desk, hosts: Hosts) -> None:
+    def __init__(self, desk: Desk, turn: Turn) -> None:
         super().__init__()
-        self.desk, self.hosts = desk, hosts
+        self.desk, self.turn = desk, turn
         self.outcomes: dict[str, dict[str, Any]] = {}
-        self.interrupt_asked = False
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first trial that waits; called at every turn of Tune's loop."""
-        if self.interrupt_asked and not self.desk.interrupted:
-            self.desk.interrupt()
-            self.post_stops()
-        if self.desk.check_budget():  # a trial may be late for the report that would tell us
-            self.post_stops()
-        self.hosts.settle(self.desk)
+        """The first trial that waits; called at every turn of Tune's loop with trials."""
+        self.turn.take()
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -145,7 +166,7 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         elif "progress" in result:
             progress = Progress.model_validate_json(result["progress"])
             self.desk.report(trial.config["trial_id"], progress, result["checkpoint"])
-            self.post_stops()
+            self.turn.post_stops()
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -162,12 +183,6 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         """The Tune trial itself broke: a failure, not the end of the search."""
         reason = str(trial.get_error() or "the trial's process died").strip().splitlines()[-1]
         self.desk.end(trial.config["trial_id"], "failed", reason)
-
-    def post_stops(self) -> None:
-        """Tell the exchange every stop of the desk."""
-        for trial in self.desk.state.running:
-            if trial.stop_reason is not None:
-                self.hosts.exchange.stop.remote(trial.trial_id)
 
 
 def run(
@@ -219,7 +234,8 @@ def drive(desk: Desk, cache: Path) -> str:
     os.environ.update(ENVIRONMENT)
     folder = desk.journal.path.parent
     hosts = Hosts(Exchange.remote(), folder, cache)  # type: ignore[attr-defined]
-    searcher, scheduler = DeskSearcher(desk, hosts), DeskScheduler(desk, hosts)
+    turn = Turn(desk, hosts)
+    searcher, scheduler = DeskSearcher(desk, hosts, turn), DeskScheduler(desk, turn)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -232,7 +248,7 @@ def drive(desk: Desk, cache: Path) -> str:
             callbacks=[],
         ),
     )
-    with interruptible(scheduler):
+    with interruptible(turn):
         tuner.fit()
         desk.let_gangs_go()
         hosts.settle(desk, LAST_GANGS_SECONDS)
@@ -240,13 +256,13 @@ def drive(desk: Desk, cache: Path) -> str:
 
 
 @contextmanager
-def interruptible(scheduler: DeskScheduler) -> Iterator[None]:
+def interruptible(turn: Turn) -> Iterator[None]:
     """The first Ctrl-C asks all trials to end at their next report, the second ends at once."""
 
     def on_signal(number: int, frame: object) -> None:
-        if scheduler.interrupt_asked:
+        if turn.interrupt_asked:
             raise KeyboardInterrupt
-        scheduler.interrupt_asked = True  # acted on from Tune's loop, not from inside a write
+        turn.interrupt_asked = True  # acted on from Tune's loop, not from inside a write
 
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -289,7 +305,7 @@ def check_state_api() -> None:
     from ray.util.state import list_placement_groups
 
     try:
-        list_placement_groups(limit=1)
+        list_placement_groups(address=ray.get_runtime_context().gcs_address, limit=1)
     except Exception as error:  # ray raises many kinds here, all mean the same to us
         raise InputError(
             "Ray's State API does not answer, and without it stopped trials keep their resources; "

@@ -44,6 +44,8 @@ CARDS = (
 )
 N_GPUS, MICRO_BATCHES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32)
 STRATEGIES = tuple(STEP_TRAFFIC)
+UNTRAINED = np.log(32768)
+"""Nats at which every curve begins, and bends away from its law."""
 
 
 class Losses(NamedTuple):
@@ -79,7 +81,8 @@ class Losses(NamedTuple):
             "wsd": np.clip((1 - share) / 0.2, 0, 1),
         }[self.curve]
         early = self.early[0] * np.exp(-tokens / np.exp(self.early[1]))
-        return np.asarray(np.logaddexp(e, inner) + bowl + 0.04 * left + early)
+        whole = np.logaddexp(e, inner) + bowl + 0.04 * left + early
+        return np.asarray(-np.logaddexp(-6 * whole, -6 * np.log(UNTRAINED)) / 6)
 
 
 class Hardware(NamedTuple):
@@ -146,8 +149,9 @@ def drawn_losses(rng: np.random.Generator) -> Losses:
     """
     e = np.log(rng.uniform(1.5, 2.3))
     outer = 1.0 if rng.random() < 0.6 else rng.uniform(0.3, 0.5)
-    shares = np.log(rng.uniform(0.15, 0.5, 2)) + e
-    law = np.array([e, *shares, rng.uniform(0.28, 0.5), rng.uniform(0.28, 0.73), outer])
+    small, short = np.log(rng.uniform([0.6, 1.0], [2.0, 3.0]))  # nats at 1e7 parameters, 1e8 tokens
+    alpha, beta = rng.uniform(0.28, 0.5), rng.uniform(0.28, 0.73)
+    law = np.array([e, small - alpha * np.log(30), short - beta * np.log(100), alpha, beta, outer])
     rate = np.log(1.79 * 3e8**-0.713 * 1e10**0.307) + rng.normal(0, 0.8)
     batch = np.log(0.58 * 1e10**0.571) + rng.normal(0, 0.7)
     slopes = rng.uniform(-0.9, -0.2), rng.uniform(-0.2, 0.35)
@@ -169,7 +173,9 @@ def drawn_hardware(rng: np.random.Generator) -> Hardware:
         "gpu": rng.choice(CARDS, rng.integers(2, 7), replace=False).tolist(),
         "n_gpus": sorted(rng.choice(N_GPUS, rng.integers(2, 7), replace=False).tolist()),
         "strategy": rng.choice(STRATEGIES, rng.integers(1, 7), replace=False).tolist(),
-        "micro_batch": sorted(rng.choice(MICRO_BATCHES, rng.integers(2, 5), replace=False).tolist()),
+        "micro_batch": sorted(
+            rng.choice(MICRO_BATCHES, rng.integers(2, 5), replace=False).tolist()
+        ),
     }
     if rng.random() < 0.6:
         fields["attention"] = ["flash", "math"]

@@ -97,10 +97,7 @@ class Budget:
 
 def expected_first_report(state: SearchState) -> float:
     """Seconds from allocation to the first report to expect of a new trial."""
-    seen = [
-        t.reported_at[0] - t.allocations[-1].since for t in state.trials.values() if t.reported_at
-    ]
-    return max(seen, default=FIRST_REPORT_SECONDS)
+    return state.longest_start or FIRST_REPORT_SECONDS
 
 
 def _last_sign(trial: TrialState) -> float:

@@ -95,7 +95,7 @@ class Desk:
         for trial in self.state.running:
             self._release(trial, died_at)
         for trial in self.state.waiting:
-            if not trial.is_paused and trial.stop_reason not in (None, INTERRUPTED):
+            if trial.stop_reason not in (None, INTERRUPTED):
                 self._end(trial, died_at, "stopped", trial.stop_reason or "", None)
         self._write(SearchResumed(at=self.clock()))
 
@@ -103,7 +103,7 @@ class Desk:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
-        waiting = (t for t in self.state.waiting if not t.is_paused)
+        waiting = self.state.waiting
         fitting = (t for t in waiting if self.capacity.can_ever_hold(t.run.system))
         trial = next(fitting, None) or self._suggest()
         if isinstance(trial, Finished | Wait):

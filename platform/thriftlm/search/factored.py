@@ -188,8 +188,8 @@ class Factored(Searcher):
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
         paused = {
             self.places[t.trial_id][0]: t.trial_id
-            for t in state.waiting
-            if t.is_paused and self._may_go_on(t.trial_id)
+            for t in state.paused
+            if self._may_go_on(t.trial_id)
         }
         if not paused:
             return None

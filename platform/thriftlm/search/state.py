@@ -109,6 +109,13 @@ class SearchState:
         self.hours_before = 0.0
         self.session_since = 0.0
         self.last_at = 0.0
+        self.longest_start = 0.0
+        """Seconds from allocation to first report, the longest of all trials."""
+        # What every decision asks for is kept rather than counted again over thousands of trials.
+        self._running: dict[str, TrialState] = {}
+        self._waiting: dict[str, TrialState] = {}
+        self._paused: dict[str, TrialState] = {}
+        self._released_usd = 0.0
         for event in events:
             self.apply(event)
 
@@ -120,7 +127,7 @@ class SearchState:
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far."""
-        return sum(trial.usd(now) for trial in self.trials.values())
+        return self._released_usd + sum(t.allocations[-1].usd(now) for t in self._running.values())
 
     def hours(self, now: float) -> float:
         """Wall-clock hours that drivers of this search have run."""
@@ -128,13 +135,31 @@ class SearchState:
 
     @property
     def running(self) -> list[TrialState]:
-        """Trials that hold resources."""
-        return [trial for trial in self.trials.values() if trial.is_running]
+        """Trials that hold resources, oldest first."""
+        return _by_number(self._running)
 
     @property
     def waiting(self) -> list[TrialState]:
-        """Trials that were proposed, or interrupted, and hold nothing; oldest first."""
-        return [t for t in self.trials.values() if not t.has_ended and not t.is_running]
+        """Trials to start as soon as they can, proposed or cut short; oldest first."""
+        return _by_number(self._waiting)
+
+    @property
+    def paused(self) -> list[TrialState]:
+        """Trials that were stopped to go on later, or never; oldest first."""
+        return _by_number(self._paused)
+
+    def _place(self, trial: TrialState) -> None:
+        """Enter a trial where it stands now."""
+        where = None
+        if trial.is_running:
+            where = self._running
+        elif not trial.has_ended:
+            where = self._paused if trial.is_paused else self._waiting
+        for held in (self._running, self._waiting, self._paused):
+            if held is where:
+                held[trial.trial_id] = trial
+            else:
+                held.pop(trial.trial_id, None)
 
     @singledispatchmethod
     def _apply(self, event: Event) -> None:
@@ -149,14 +174,13 @@ class SearchState:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
         for trial in self.waiting:
-            if not trial.is_paused:
-                trial.stop_reason = None
+            trial.stop_reason = None
 
     @_apply.register
     def _(self, event: Suggested) -> None:
-        self.trials[event.trial_id] = TrialState(
-            event.trial_id, event.number, event.point, event.run
-        )
+        trial = TrialState(event.trial_id, event.number, event.point, event.run)
+        self.trials[event.trial_id] = trial
+        self._place(trial)
 
     @_apply.register
     def _(self, event: Allocated) -> None:
@@ -164,6 +188,7 @@ class SearchState:
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
         trial.reported_at = []
         trial.stop_reason = None
+        self._place(trial)
 
     @_apply.register
     def _(self, event: Reported) -> None:
@@ -175,6 +200,9 @@ class SearchState:
             trial.curve.pop()
         trial.curve.append(event.progress)
         trial.reported_at.append(event.at)
+        if len(trial.reported_at) == 1:
+            start = event.at - trial.allocations[-1].since
+            self.longest_start = max(self.longest_start, start)
         trial.checkpoint = event.checkpoint or trial.checkpoint
 
     @_apply.register
@@ -183,14 +211,22 @@ class SearchState:
 
     @_apply.register
     def _(self, event: Released) -> None:
-        self.trials[event.trial_id].allocations[-1].until = event.at
+        trial = self.trials[event.trial_id]
+        trial.allocations[-1].until = event.at
+        self._released_usd += trial.allocations[-1].usd(event.at)
+        self._place(trial)
 
     @_apply.register
     def _(self, event: Ended) -> None:
         trial = self.trials[event.trial_id]
         trial.status, trial.reason = event.status, event.reason
         trial.checkpoint = event.checkpoint or trial.checkpoint
+        self._place(trial)
 
     @_apply.register
     def _(self, event: SearchEnded) -> None:
         self.ended = event
+
+
+def _by_number(trials: dict[str, TrialState]) -> list[TrialState]:
+    return sorted(trials.values(), key=lambda trial: trial.number)

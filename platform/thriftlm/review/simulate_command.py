@@ -40,6 +40,17 @@ def simulate(
     start_up_seconds: Annotated[
         float, typer.Option(min=0, metavar="S", help="Billed before the first token of a trial.")
     ] = 60.0,
+    spot_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Preempt trials on market: spot as in a trace of SkyPilot (JSON: instances there "
+            "at each tick), which begins with the search.",
+        ),
+    ] = None,
+    spot_speedup: Annotated[
+        float, typer.Option(min=1e-3, metavar="X", help="Play the trace so many times as fast.")
+    ] = 1.0,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +69,9 @@ def simulate(
     """
     from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
     from thriftlm.search.simulate import simulate as simulated
+    from thriftlm.search.simulated_cluster import Conditions
     from thriftlm.search.space import load_space
+    from thriftlm.search.spot import read_trace
     from thriftlm.spec import InputError
 
     loaded = load_space(space, overrides or ())
@@ -70,10 +83,12 @@ def simulate(
     runs = read_runs(table, loaded)
     held = RecordedSpace(loaded, runs)
     truth = truth_of(runs, loaded, table)
+    spot = None if spot_trace is None else read_trace(spot_trace, spot_speedup)
+    conditions = Conditions(start_up_seconds, spot)
     found = []
     for name in algorithms or [loaded.search.algorithm]:
         for seed in range(seeds):
-            found.append(simulated(held, truth, name, seed, start_up_seconds))
+            found.append(simulated(held, truth, name, seed, conditions))
             print(f"{name} seed {seed}: {found[-1].reason}", file=sys.stderr)
     if as_json:
         print(json.dumps([one.model_dump(mode="json") for one in found]))
@@ -88,6 +103,8 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
     columns = [Column("algorithm")]
     numbers = ("seeds", "trials", "spent", "best loss", "regret, median", "regret, worst")
     columns += [Column(name, is_number=True) for name in numbers]
+    if any(one.preemptions for one in found):
+        columns += [Column(name, is_number=True) for name in ("preemptions", "lost to them")]
     rows = []
     for name in dict.fromkeys(one.algorithm for one in found):
         mine = [one for one in found if one.algorithm == name]
@@ -102,7 +119,9 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
                 f"{np.median(scores):.4f}" if scores else "none",
                 f"{np.median(regrets):.4f}",
                 f"{max(regrets):.4f}",
-            ]
+                f"{np.median([len(one.preemptions) for one in mine]):.0f}",
+                f"${np.median([one.preempted_usd for one in mine]):,.2f}",
+            ][: len(columns)]
         )
     console = plain_console()
     console.print(fitted(columns, rows, console.width))

@@ -104,8 +104,11 @@ class Desk:
         if self.interrupted:
             return Finished(INTERRUPTED)
         waiting = self.state.waiting
-        fitting = (t for t in waiting if self.capacity.can_ever_hold(t.run.system))
+        fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
+        later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
+        if isinstance(trial, Finished) and later and self._may_wait():
+            return Wait()
         if isinstance(trial, Finished | Wait):
             return trial
         usd_per_hour, price = self.price_of(trial.run)
@@ -170,6 +173,17 @@ class Desk:
             reason = trial.stop_reason or reason
         self._end(trial, self.clock(), status, reason, checkpoint)
 
+    def preempt(self, trial_id: str) -> None:
+        """The market took the resources of a trial back.
+
+        It goes on from its last checkpoint when there are others; that says nothing of the trial.
+        One that had been asked to end has ended.
+        """
+        trial = self.state.trials[trial_id]
+        self._release(trial, self.clock(), preempted=True)
+        if not trial.is_paused and trial.stop_reason not in (None, INTERRUPTED):
+            self._end(trial, self.clock(), "stopped", trial.stop_reason or "", None)
+
     def interrupt(self) -> None:
         """Ask every running trial to end at its next report, to go on in a resumed search."""
         self.interrupted = True
@@ -207,8 +221,10 @@ class Desk:
         if is_last:
             why = f"search budget of {self.budget.trials} trials"
             return Wait() if may_go_on else Finished(why)
+        is_later = False
         for proposal in self.algorithm.propose(self.state):
-            if self.capacity.can_ever_hold(proposal.run.system):
+            is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
+            if self.capacity.can_hold(proposal.run.system, ()):
                 run = proposal.run
                 event = Suggested(
                     at=self.clock(),
@@ -219,9 +235,15 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        return (
-            Wait() if may_go_on else Finished("every point of the space that fits has been tried")
-        )
+        if may_go_on or (is_later and self._may_wait()):
+            return Wait()
+        return Finished("every point of the space that fits has been tried")
+
+    def _may_wait(self) -> bool:
+        """Whether the budget bears that something starts when the market has room again."""
+        if self.state.running:
+            return True
+        return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent
@@ -255,8 +277,9 @@ class Desk:
         if reason is not None:
             self._write(StopRequested(at=self.clock(), trial_id=trial.trial_id, reason=reason))
 
-    def _release(self, trial: TrialState, at: float) -> None:
-        self._write(Released(at=at, trial_id=trial.trial_id, usd=trial.allocations[-1].usd(at)))
+    def _release(self, trial: TrialState, at: float, preempted: bool = False) -> None:
+        usd = trial.allocations[-1].usd(at)
+        self._write(Released(at=at, trial_id=trial.trial_id, usd=usd, preempted=preempted))
 
     def _end(
         self,

@@ -61,6 +61,12 @@ class Runs:
         known = rates[np.isfinite(rates) & (rates > 0)]
         return float(np.median(known)) if len(known) else float("nan")
 
+    def next_report(self, run: int, tokens: float) -> int:
+        """Where the first report of a run after so many tokens is; its last where there is none."""
+        where = self.reports(run)
+        done = int(np.searchsorted(self.tokens[where], tokens, side="right")) if tokens else 0
+        return min(int(self.first[run]) + done, int(self.first[run + 1]) - 1)
+
     def price(self, run: int) -> float:
         """USD per hour of everything billed."""
         return float(self.usd_per_hour[self.first[run]])

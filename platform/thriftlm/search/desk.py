@@ -113,7 +113,7 @@ class Desk:
             return trial
         usd_per_hour, price = self.price_of(trial.run)
         refusal = self.budget.refusal(
-            self.state, self.clock(), usd_per_hour=usd_per_hour, run=trial.run
+            self.state, self.clock(), usd_per_hour=usd_per_hour, trial=trial
         )
         if refusal and not self.state.running:
             return Finished(f"{refusal} leaves no room for another trial")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,17 @@ class Runs:
 
     def speed(self, run: int) -> float:
         """Median tokens per second of all its GPUs; NaN where it never ran."""
-        rates = self.tokens_per_s[self.reports(run)]
-        known = rates[np.isfinite(rates) & (rates > 0)]
-        return float(np.median(known)) if len(known) else float("nan")
+        return float(self._speeds[run])
+
+    @cached_property
+    def _speeds(self) -> Floats:
+        found = np.full(len(self), np.nan)
+        for run in range(len(self)):
+            rates = self.tokens_per_s[self.reports(run)]
+            known = rates[np.isfinite(rates) & (rates > 0)]
+            if len(known):
+                found[run] = np.median(known)
+        return found
 
     def next_report(self, run: int, tokens: float) -> int:
         """Where the first report of a run after so many tokens is; its last where there is none."""

@@ -17,6 +17,7 @@ from thriftlm.search.recorded_table import RecordedSpace, Truth
 from thriftlm.search.simulated_cluster import Clock, Cluster, Conditions, Row
 from thriftlm.search.space import Space
 from thriftlm.search.spot import SpotCapacity
+from thriftlm.search.state import TrialState
 from thriftlm.spec import InputError, RunSpec, Spec
 
 AS_RECORDED = Conditions()
@@ -157,13 +158,11 @@ def desk_of(
     def price_of(run: RunSpec) -> tuple[float, str]:
         return runs.price(held.run_of[run.trial_id]), "recorded"
 
-    def first_report(run: RunSpec) -> float:
-        at = held.run_of[run.trial_id]
-        begun, speed = desk.state.trials.get(run.trial_id), runs.speed(at)
-        tokens = begun.tokens if begun else 0
-        more = runs.tokens[runs.next_report(at, tokens)] - tokens
+    def first_report(trial: TrialState) -> float:
+        run = held.run_of[trial.trial_id]
+        speed = runs.speed(run)
+        more = runs.tokens[runs.next_report(run, trial.tokens)] - trial.tokens
         return conditions.start_up_seconds + (float(more) / speed if np.isfinite(speed) else 0.0)
 
     capacity = SpotCapacity({}, conditions.spot, clock)
-    desk = Desk(held, journal, capacity, clock, price_of, first_report, searcher)
-    return desk
+    return Desk(held, journal, capacity, clock, price_of, first_report, searcher)

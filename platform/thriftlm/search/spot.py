@@ -25,15 +25,18 @@ class SpotTrace:
 
     def at(self, now: float) -> int:
         """Instances there are so many seconds after the beginning."""
-        return self.instances[(int(now // self.seconds) + self.offset) % len(self.instances)]
+        return self.instances[(self._tick(now) + self.offset) % len(self.instances)]
 
     def next_change(self, now: float) -> float | None:
         """Seconds after the beginning at which there are more or fewer; None where never."""
-        tick, here = int(now // self.seconds), self.at(now)
+        tick, here = self._tick(now), self.at(now)
         for later in range(tick + 1, tick + len(self.instances)):
             if self.instances[(later + self.offset) % len(self.instances)] != here:
                 return later * self.seconds
         return None
+
+    def _tick(self, now: float) -> int:
+        return int(now / self.seconds + 1e-6)  # at a tick, whatever its product was rounded to
 
     def begun_at(self, seed: int) -> "SpotTrace":
         """The trace from its beginning for seed 0, from a tick drawn by the seed for others."""

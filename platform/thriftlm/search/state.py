@@ -48,6 +48,7 @@ class TrialState:
     run: RunSpec
     curve: list[Progress] = field(default_factory=list)
     reported_at: list[float] = field(default_factory=list)  # within the last allocation
+    longest_interval: float | None = None  # seconds between two of those reports
     allocations: list[Allocation] = field(default_factory=list)
     stop_reason: str | None = None
     status: str | None = None
@@ -186,7 +187,7 @@ class SearchState:
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
-        trial.reported_at = []
+        trial.reported_at, trial.longest_interval = [], None
         trial.stop_reason = None
         self._place(trial)
 
@@ -199,10 +200,13 @@ class SearchState:
         while trial.curve and trial.curve[-1].tokens >= tokens:
             trial.curve.pop()
         trial.curve.append(event.progress)
+        if trial.reported_at:
+            took = event.at - trial.reported_at[-1]
+            trial.longest_interval = max(trial.longest_interval or took, took)
+        else:
+            took = event.at - trial.allocations[-1].since
+            self.longest_start = max(self.longest_start, took)
         trial.reported_at.append(event.at)
-        if len(trial.reported_at) == 1:
-            start = event.at - trial.allocations[-1].since
-            self.longest_start = max(self.longest_start, start)
         trial.checkpoint = event.checkpoint or trial.checkpoint
 
     @_apply.register

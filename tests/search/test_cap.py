@@ -113,7 +113,7 @@ class Watcher:
             return
         allowed = sum(t.allocations[-1].usd_per_hour * self._longest(t, now) for t in self.at_cap)
         assert spent - self.cap <= allowed / 3600 * (1 + 1e-9), "over one report interval of each"
-        assert any(t.trial_id in self.slow or self._is_late(t, now) for t in self.at_cap)
+        assert self.slow or any(self._is_late(t, now) for t in self.at_cap), "nothing was slow"
         self.was_passed = True
 
     def _longest(self, trial, now):

@@ -146,8 +146,8 @@ class SearchState:
 
     @property
     def paused(self) -> list[TrialState]:
-        """Trials that were stopped to go on later, or never; oldest first."""
-        return _by_number(self._paused)
+        """Trials that were stopped to go on later, or never; first those that were first."""
+        return list(self._paused.values())
 
     def _place(self, trial: TrialState) -> None:
         """Enter a trial where it stands now."""

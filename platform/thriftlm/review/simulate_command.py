@@ -83,6 +83,8 @@ def simulate(
     runs = read_runs(table, loaded)
     held = RecordedSpace(loaded, runs)
     truth = truth_of(runs, loaded, table)
+    of = "" if loaded.size is None else f" of the {loaded.size:,} in the space"
+    print(f"held to the {len(runs):,} recorded runs{of}", file=sys.stderr)
     spot = None if spot_trace is None else read_trace(spot_trace, spot_speedup)
     conditions = Conditions(start_up_seconds, spot)
     found = []
@@ -110,6 +112,7 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
         mine = [one for one in found if one.algorithm == name]
         regrets = [np.inf if one.regret is None else one.regret for one in mine]
         scores = [one.best_score for one in mine if one.best_score is not None]
+        worst = (np.median(regrets), max(regrets))
         rows.append(
             [
                 name,
@@ -117,8 +120,7 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
                 f"{np.median([one.trials for one in mine]):.0f}",
                 f"${np.median([one.spent_usd for one in mine]):,.2f}",
                 f"{np.median(scores):.4f}" if scores else "none",
-                f"{np.median(regrets):.4f}",
-                f"{max(regrets):.4f}",
+                *(f"{x:.4f}" if np.isfinite(x) else "none" for x in worst),
                 f"{np.median([len(one.preemptions) for one in mine]):.0f}",
                 f"${np.median([one.preempted_usd for one in mine]):,.2f}",
             ][: len(columns)]
@@ -126,4 +128,9 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
     console = plain_console()
     console.print(fitted(columns, rows, console.width))
     best = found[0].table_best_score
-    console.print(f"[dim]the table's best loss at the training budget: {best:.4f}[/]")
+    said = "none: all of its runs broke or diverged" if best is None else f"{best:.4f}"
+    console.print(f"[dim]the table's best loss at the training budget: {said}[/]")
+    for one in found:
+        if one.best_run_id is None:
+            said = f"{one.algorithm} seed {one.seed} has no answer."
+            console.print(said, *one.learned, sep="\n  ")

@@ -41,9 +41,13 @@ class Budget:
         trial: TrialState | None = None,
     ) -> str | None:
         """Why a new trial at this price cannot start now, None when it can."""
-        seconds = 2 * self._to_first_report(state, trial) + STOP_SECONDS
+        seconds = self.needed_seconds(state, trial)
         needed_usd = usd_per_hour * seconds / 3600
         return self._usd_passed(state, now, needed_usd) or self._hours_passed(state, now, seconds)
+
+    def needed_seconds(self, state: SearchState, trial: TrialState | None) -> float:
+        """Seconds that a new trial runs at least: to be stopped at its first report, and obey."""
+        return 2 * self._to_first_report(state, trial) + STOP_SECONDS
 
     def stop_reason(self, state: SearchState, trial: TrialState, now: float) -> str | None:
         """Why a running trial must end at its next report, None when it may go on."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thriftlm import prices
-from thriftlm.search import algorithms
+from thriftlm.search import algorithms, lessons
 from thriftlm.search.asha import rung_reached, survives
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
@@ -207,6 +207,20 @@ class Desk:
     def leader(self) -> str | None:
         """The trial that the search would answer with now, None while it has learned nothing."""
         return self.algorithm.leader(self.state)
+
+    def learned(self) -> list[str]:
+        """What the search has learned, in sentences; also where it has no answer."""
+        return lessons.learned(self.space, self.state) + self._needed()
+
+    def _needed(self) -> list[str]:
+        """What the first trial would have needed, where the budget did not bear any."""
+        if not self.state.waiting or any(trial.allocations for trial in self.state.trials.values()):
+            return []
+        trial = self.state.waiting[0]
+        hours = self.budget.needed_seconds(self.state, trial) / 3600
+        usd = hours * self.price_of(trial.run)[0]
+        system = f"{trial.run.system.n_gpus} x {trial.run.system.gpu}"
+        return [f"a trial needs at least {usd:.3g} USD and {hours:.3g} hours (on {system})"]
 
     def _suggest(self) -> TrialState | Wait | Finished:
         """A paused trial to go on with, or a new one."""

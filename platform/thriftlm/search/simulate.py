@@ -38,8 +38,8 @@ class SimulatedSearch(Spec):
     """Recorded run that the search ended with; None where it learned nothing."""
     best_score: float | None
     """Its true loss at the training budget."""
-    table_best_score: float
-    """The best of the table."""
+    table_best_score: float | None
+    """The best of the table; None where every run of it broke or diverged."""
     regret: float | None
     """`best_score` minus `table_best_score`."""
     spent_usd: float
@@ -54,6 +54,8 @@ class SimulatedSearch(Spec):
     """Trials started."""
     reason: str
     """Why it ended."""
+    learned: list[str]
+    """How its trials ended and, where there is no answer, what that says."""
 
 
 class MemoryJournal(Journal):
@@ -109,7 +111,8 @@ def simulate(
     reason = cluster.run()
     begun = [trial for trial in desk.state.trials.values() if trial.allocations]
     if not begun:
-        raise InputError(f"no trial could start: {reason}; raise search_budget with --set")
+        needed = "; ".join([reason, *desk.learned()[1:]])
+        raise InputError(f"no trial could start: {needed}; raise search_budget with --set")
     best = cluster.incumbent
     worth = None if best is None else cluster.worth(best)
     lost = [astuple(one) for one in cluster.preemptions]
@@ -119,7 +122,7 @@ def simulate(
         trace=cluster.trace,
         best_run_id=None if best is None else runs.ids[best],
         best_score=worth,
-        table_best_score=truth.best,
+        table_best_score=truth.best if np.isfinite(truth.best) else None,
         regret=None if worth is None else worth - truth.best,
         spent_usd=desk.state.spent_usd(clock.now),
         hours=clock.now / 3600,
@@ -127,6 +130,7 @@ def simulate(
         preempted_usd=sum(one.lost_usd for one in cluster.preemptions),
         trials=len(begun),
         reason=reason,
+        learned=desk.learned(),
     )
 
 

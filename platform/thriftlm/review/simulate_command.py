@@ -86,6 +86,8 @@ def simulate(
     of = "" if loaded.size is None else f" of the {loaded.size:,} in the space"
     print(f"held to the {len(runs):,} recorded runs{of}", file=sys.stderr)
     spot = None if spot_trace is None else read_trace(spot_trace, spot_speedup)
+    if spot is not None and not runs.says_market:
+        print(f"{table} has no system.market: its prices are taken as spot's", file=sys.stderr)
     conditions = Conditions(start_up_seconds, spot)
     found = []
     for name in algorithms or [loaded.search.algorithm]:

@@ -48,6 +48,8 @@ class Runs:
     usd_per_hour: Floats
     status: list[str]
     """How each run ended."""
+    says_market: bool = False
+    """Whether the table says which market its prices are of."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -162,6 +164,7 @@ def _runs(
         tokens_per_s=_numbers(table, "tokens_per_s", path)[rows],
         usd_per_hour=prices,
         status=[str(words[code]) for code in status[last]],
+        says_market="system.market" in table.column_names,
     )
 
 

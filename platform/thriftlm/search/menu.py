@@ -51,6 +51,7 @@ class Menu:
         self.system_at = {tuple(point.values()): i for i, point in enumerate(self.systems)}
         self.learn_paths = list(self.recipes[0])
         self.system_paths = list(self.systems[0])
+        self.refused = np.zeros_like(self.runs_on)
 
     def locate(self, point: Point) -> tuple[int, int]:
         """Recipe and system of a point of the menu."""
@@ -59,7 +60,8 @@ class Menu:
 
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
-        able = self.runs_on[self.shape_of[recipe]]
+        shape = self.shape_of[recipe]
+        able = self.runs_on[shape] & ~self.refused[shape]
         return np.asarray(able if self.pairs is None else able & self.pairs[recipe])
 
     def point(self, recipe: int, system: int) -> dict[str, Value]:
@@ -72,8 +74,14 @@ class Menu:
         found = self.space.resolve(self.point(recipe, system), self.space.search.seed)
         if isinstance(found, RunSpec):
             return found
-        self.runs_on[self.shape_of[recipe], system] = False
+        self.refused[self.shape_of[recipe], system] = True
         return None
+
+    @cached_property
+    def runs_somewhere(self) -> NDArray[np.bool_]:
+        """Whether there is a system for a recipe, as far as was known at the beginning (R,)."""
+        able = self.runs_on[self.shape_of]
+        return np.asarray((able if self.pairs is None else able & self.pairs).any(axis=1))
 
     @cached_property
     def prior(self) -> Prior:
@@ -104,17 +112,30 @@ class Menu:
             np.column_stack([np.zeros((rows, 0), np.intp), *words]).astype(np.intp),
         )
 
-    def features(self, log_d: Floats, step_law_prior: bool = True) -> Features:
-        """What the surrogate sees of every recipe, given the tokens that the budget buys."""
-        raw, words = self.raw
-        rate = np.log([run.optim.lr for run in self.runs])
-        batch = np.log([float(run.optim.batch_tokens) for run in self.runs])
+    @cached_property
+    def log_rate(self) -> Floats:
+        """Log of the learning rate (R,)."""
+        return np.log([run.optim.lr for run in self.runs])
+
+    @cached_property
+    def log_batch(self) -> Floats:
+        """Log of tokens in a batch (R,)."""
+        return np.log([float(run.optim.batch_tokens) for run in self.runs])
+
+    def features(
+        self, recipes: NDArray[np.intp], log_d: Floats, step_law_prior: bool = True
+    ) -> Features:
+        """What the surrogate sees of some recipes, given the tokens that the budget buys each."""
+        numbers, words = self.raw
+        raw, words, log_n = numbers[recipes], words[recipes], self.log_n[recipes]
+        rate, batch = self.log_rate[recipes], self.log_batch[recipes]
         if not step_law_prior:
-            return Features(raw, words, self.log_n, log_d, rate - rate.mean(), batch - batch.mean())
-        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([self.log_n, log_d])).tolist()]
+            u, v = rate - self.log_rate.mean(), batch - self.log_batch.mean()
+            return Features(raw, words, log_n, log_d, u, v)
+        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([log_n, log_d])).tolist()]
         u = rate - np.log([law.lr for law in laws])
         v = batch - np.log([law.batch_tokens for law in laws])
-        return Features(raw, words, self.log_n, log_d, u, v)
+        return Features(raw, words, log_n, log_d, u, v)
 
 
 def _scaled(column: Floats) -> Floats:

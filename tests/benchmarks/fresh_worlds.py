@@ -54,7 +54,7 @@ class Losses(NamedTuple):
     law: Floats
     """log E, log A and log B at 3e8 parameters and 1e10 tokens, alpha, beta, outer exponent."""
     best: Floats
-    """Log of the best rate at 3e8 and 1e10, its slopes in log N and log D; the same of the batch."""
+    """Log of the best rate at 3e8 and 1e10, its slopes in log N and log D; those of the batch."""
     bowl: Floats
     """Curvature in log rate, how lopsided, curvature in log batch, tilt."""
     curve: str

@@ -12,7 +12,6 @@ the same decisions, also when it is replayed.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from scipy.special import ndtr
 from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
+from thriftlm.search.curve_model import EARLIEST, CurveModel, Features, Points, Posterior
 from thriftlm.search.journal import Allocated, Ended, Event, Released, Reported, Suggested
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS
@@ -35,13 +34,16 @@ Floats = NDArray[np.float64]
 
 CANDIDATES = 256
 """Recipes drawn for each proposal, of those that were not tried; never more than two thirds."""
-MOST_RECIPES, MOST_POINTS = 64, 4
+MOST_RECIPES, MOST_POINTS, APART = 64, 2, 1.7
 """Recipes that the surrogate is fitted to (half the best, half the latest) and points of each
-curve, the last and earlier ones at half the tokens each: what bounds the time of a suggestion."""
+curve, the last and an earlier one at this ratio of tokens: what bounds the time of a suggestion."""
+LATE = 4.0
+"""Only the last factor of so many tokens of a curve is fitted: what comes before bends away from
+every law, and a law that has to follow it predicts worse."""
 MOST_NEARBY = 500
 """Recipes, the latest, whose divergence tells on others."""
 GROWTH = 1.25
-"""The surrogate's scales are learned again whenever there are this many times the points."""
+"""The law is fitted again whenever there are this many times the points."""
 COST_POWER = 0.5
 """Expected improvement is divided by the price to this power: 1 would only choose cheap trials
 (cost cooling of EI per unit cost, Lee et al., arXiv 2003.10870)."""
@@ -49,32 +51,10 @@ CONFIRMED = 1 / 3
 """Share of the budget's tokens that a winner is trained to before it is believed."""
 RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
-FUTURE_SHARE = 0.25
-"""Of the training budget: dollars that a cheaper system would save on, when a probe is weighed."""
+FIRST_RUNGS = 9
+"""A search affords at least so many trials to the first rung."""
 PROPOSED = 20
 """Recipes resolved per proposal until one of them is a run."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What can be left out of the search, to see what it earns."""
-
-    calibrate: bool = True
-    """Measured throughput teaches the estimate."""
-    explore: bool = True
-    """A dearer system is chosen where what it teaches is worth more."""
-    step_law: bool = True
-    """Learning rate and batch are searched around Step Law."""
-    predicted: bool = True
-    """Trials go on by predicted final loss; without it by their loss so far."""
-    rungs: bool = True
-    """Trials pause; without it each trains to the end."""
-    dollar_rungs: bool = False
-    """Rungs are shares of each recipe's budget, instead of tokens."""
-    confirm: bool = True
-    """The winner is trained to a third of its budget before the money ends."""
-    system: str = "best"
-    """`best`, `random`, `filtered` (at random within 1.3 of the best), or `fixed` (by a grid)."""
 
 
 class Factored(Searcher):
@@ -82,8 +62,8 @@ class Factored(Searcher):
 
     pauses = True
 
-    def __init__(self, space: Space, parts: Parts = Parts()) -> None:
-        self.space, self.parts = space, parts
+    def __init__(self, space: Space) -> None:
+        self.space = space
         self.menu: Menu = menu_of(space)
         self.systems = SystemModel.over(self.menu.prior)
         self.curves = CurveModel()
@@ -127,14 +107,8 @@ class Factored(Searcher):
 
     def _measured(self, trial_id: str, progress: Progress) -> None:
         recipe, system = self.places[trial_id]
-        fact = Fact(int(self.menu.shape_of[recipe]), system)
-        rate = progress.tokens_per_s
-        oom = progress.status == "oom"
-        if self.parts.calibrate and (oom or rate is not None):
-            total = None if rate is None or oom else rate * self.menu.specs[system].n_gpus
-            if self.systems.observe(fact, total, oom):
-                self._budget_tokens()
-        if oom:
+        self._timed(Fact(int(self.menu.shape_of[recipe]), system), progress)
+        if progress.status == "oom":
             self._failed(trial_id)
             return
         record = self.records.setdefault(recipe, Record([], []))
@@ -159,8 +133,28 @@ class Factored(Searcher):
         at.may_go_on[recipe] = tokens < 0.95 * rungs[-1]
         self.data = None
 
+    def _timed(self, fact: Fact, progress: Progress) -> None:
+        """What a system did teaches the costs of all."""
+        rate, oom = progress.tokens_per_s, progress.status == "oom"
+        if oom or rate is not None:
+            total = None if rate is None or oom else rate * self.menu.specs[fact.system].n_gpus
+            if self.systems.observe(fact, total, oom):
+                self._budget_tokens()
+
     def _budget_tokens(self) -> None:
         """D_B of every recipe, on the system that is believed to be its best."""
+        most = float(self.space.search.fidelity.max_tokens)
+        if self.systems.knows_speed:
+            self.tokens_at_budget = self.menu.most_of_recipes(self._bought())
+        else:  # nobody has measured such a machine yet
+            self.tokens_at_budget = np.full(len(self.menu.recipes), most)
+        middling = float(np.median(np.minimum(self.tokens_at_budget, most)))
+        self.log_early = float(np.log(middling / EARLIEST))
+        for recipe in self.records:
+            self._stands(recipe)
+
+    def _bought(self) -> Floats:
+        """Tokens that the training budget buys a shape on each system; 1 where it doesn't run."""
         budget, usd_per_hour = self.space.training_budget, self.menu.usd_per_hour
         costs = self.systems.all_costs()
         speed = np.exp(costs.log_tokens_per_s)
@@ -168,27 +162,31 @@ class Factored(Searcher):
         fits = np.where(fits.any(axis=1, keepdims=True), fits, self.menu.runs_on)
         by_usd = np.inf if budget.usd is None else budget.usd * 3600 / usd_per_hour * speed
         by_hours = np.inf if budget.hours is None else budget.hours * 3600 * speed
-        bought = np.where(fits, np.minimum(by_usd, by_hours), 1.0)
-        self.tokens_at_budget = bought.max(axis=1)[self.menu.shape_of]
-        for recipe in self.records:
-            self._stands(recipe)
+        return np.where(fits, np.minimum(by_usd, by_hours), 1.0)
 
     # --- rungs ------------------------------------------------------------------------------------
 
     def _rungs(self, recipe: int) -> list[float]:
-        """Tokens at which a trial of a recipe waits: token rungs up to what the budget buys."""
+        """Tokens at which a trial of a recipe waits, up to what the budget buys."""
         fidelity = self.space.search.fidelity
-        end = min(float(fidelity.max_tokens), self.tokens_at_budget[recipe])
-        if not self.parts.rungs:
-            return [end]
-        if self.parts.dollar_rungs:
-            share = fidelity.min_tokens / fidelity.max_tokens
-            found = []
-            while share < 1:
-                found.append(end * share)
-                share *= fidelity.factor
-            return [*found, end]
-        return [*(float(rung) for rung in fidelity.rungs if rung < 0.7 * end), end]
+        end = min(float(fidelity.max_tokens), float(self.tokens_at_budget[recipe]))
+        found, rung = [], self._first_rung(end)
+        while rung < 0.7 * end:
+            found.append(rung)
+            rung *= fidelity.factor
+        return [*found, end]
+
+    def _first_rung(self, end: float) -> float:
+        """Halfway between equal tokens and equal dollars, less where the search can spend little.
+
+        At equal tokens large models cost too much, at equal dollars they are still warming up.
+        """
+        fidelity = self.space.search.fidelity
+        rung = fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
+        usd, total = self.space.training_budget.usd, self.space.search_budget.usd
+        if usd is None or total is None:
+            return rung
+        return min(rung, end * total / (FIRST_RUNGS * usd))
 
     def _next_rung(self, trial_id: str) -> float:
         recipe = self.places[trial_id][0]
@@ -211,7 +209,7 @@ class Factored(Searcher):
         paused = {recipe: trial_id for recipe, trial_id in at if may_go_on[recipe]}
         if not paused:
             return None
-        if self.parts.confirm and (winner := self._to_confirm(state, paused, is_last)):
+        if winner := self._to_confirm(state, paused, is_last):
             return winner
         return self._promoted(state, paused)
 
@@ -250,9 +248,7 @@ class Factored(Searcher):
         return None
 
     def _ranking(self, tried: NDArray[np.intp]) -> Floats:
-        """What promotion goes by: predicted score, or loss so far."""
-        if not self.parts.predicted:
-            return self.standing.loss[tried]
+        """What promotion goes by: the predicted score."""
         recipes, posterior = self._posterior()
         scores = np.full(len(self.menu.recipes), np.nan)
         if len(tried) > len(recipes):
@@ -284,7 +280,7 @@ class Factored(Searcher):
 
     def _features(self, recipes: NDArray[np.intp]) -> Features:
         log_d = np.log(self.tokens_at_budget[recipes])
-        return self.menu.features(recipes, log_d, self.parts.step_law)
+        return self.menu.features(recipes, log_d, self.log_early)
 
     def _data(self) -> tuple[NDArray[np.intp], Points]:
         """The recipes that count, and their points by place."""
@@ -299,12 +295,11 @@ class Factored(Searcher):
         return self.data
 
     def _learn(self) -> None:
-        """Fit law and scales when there is more: at an event, so that a replay does the same."""
+        """Fit the law when there is more: at an event, so that a replay does the same."""
         usable, points = self._data()
         if len(points.recipe) > GROWTH * self.learned_from:
             self.learned_from = len(points.recipe)
             self.curves.fit_law([self._curve(r) for r in usable.tolist()])
-            self.curves.learn(self._features(usable), points)
             self.data = None  # the law chooses the recipes
 
     def _points(self, recipes: NDArray[np.intp]) -> Points:
@@ -313,7 +308,7 @@ class Factored(Searcher):
             record, last = self.records[recipe], np.inf
             taken = 0
             for tokens, loss in zip(reversed(record.tokens), reversed(record.loss), strict=True):
-                if tokens <= last / 2 and taken < MOST_POINTS:
+                if tokens <= last / APART and taken < MOST_POINTS:
                     rows.append((place, np.log(tokens), np.log(loss)))
                     last, taken = tokens, taken + 1
         columns = np.array(rows).reshape(-1, 3).T
@@ -321,9 +316,11 @@ class Factored(Searcher):
 
     def _curve(self, recipe: int) -> Curve:
         record = self.records[recipe]
-        yes = np.ones(len(record.tokens), bool)
+        tokens, loss = np.array(record.tokens), np.array(record.loss)
+        late = tokens >= tokens[-1] / LATE
+        yes = np.ones(int(late.sum()), bool)
         n = float(np.exp(self.menu.log_n[recipe]))
-        return Curve(str(recipe), n, np.array(record.tokens), np.array(record.loss), yes, ~yes)
+        return Curve(str(recipe), n, tokens[late], loss[late], yes, ~yes)
 
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now: the lowest pessimistic score."""
@@ -397,34 +394,23 @@ class Factored(Searcher):
         return np.asarray(weight @ broke / (weight.sum(axis=1) + 0.3))
 
     def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
-        """The system to try a recipe on."""
+        """The system to try a recipe on: the cheapest, chance has no part."""
+        price = self._prices(recipe)
+        return int(np.argmin(price)) if np.isfinite(price).any() else None
+
+    def _prices(self, recipe: int) -> Floats:
+        """Dollars to the first rung, expected failures included (S,); infinite where it can't."""
         allowed = self.menu.allowed(recipe).copy()
         for trial_id in self.trials_of[recipe]:
             if trial_id in self.failed:
                 allowed[self.places[trial_id][1]] = False
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         usd = self.menu.usd_per_hour
-        able = allowed & np.isfinite(costs.log_tokens_per_s)
-        if not able.any():
-            return None
-        if self.parts.system == "random":
-            return int(rng.choice(np.flatnonzero(able)))
-        tokens = self._rungs(recipe)[0]
         start = usd * FIRST_REPORT_SECONDS / 3600
-        price = costs.usd_per_token(usd) * tokens + start
+        price = costs.usd_per_token(usd) * self._rungs(recipe)[0] + start
         price = price + start * costs.p_oom / np.maximum(1 - costs.p_oom, 1e-3)
-        price = np.where(able, np.where(costs.p_oom > 0.5, price * 1e6, price), np.inf)
-        best = int(np.argmin(price))
-        if self.parts.system == "filtered":
-            return int(rng.choice(np.flatnonzero(price <= 1.3 * price[best])))
-        if not self.parts.explore:
-            return best
-        future = FUTURE_SHARE * (self.space.training_budget.usd or 0.0)
-        gain = costs.log_tokens_per_s - np.log(usd)
-        with np.errstate(invalid="ignore"):
-            hope = expected_improvement(gain - gain[best], costs.sd + 1e-9) * (1 - costs.p_oom)
-            value = np.where(np.isfinite(price), hope * future - (price - price[best]), -np.inf)
-        return int(np.argmax(value))
+        price = np.where(costs.p_oom > 0.5, price * 1e6, price)
+        return np.where(allowed & np.isfinite(costs.log_tokens_per_s), price, np.inf)
 
 
 def expected_improvement(gain: Floats, sd: Floats) -> Floats:

@@ -122,20 +122,30 @@ class Menu:
         """Log of tokens in a batch (R,)."""
         return np.log([float(run.optim.batch_tokens) for run in self.runs])
 
-    def features(
-        self, recipes: NDArray[np.intp], log_d: Floats, step_law_prior: bool = True
-    ) -> Features:
-        """What the surrogate sees of some recipes, given the tokens that the budget buys each."""
+    def features(self, recipes: NDArray[np.intp], log_d: Floats, log_early: float) -> Features:
+        """What the surrogate sees of some recipes.
+
+        `log_d`: of the tokens that the budget buys each; `log_early`: of those in which runs begin.
+        """
         numbers, words = self.raw
-        raw, words, log_n = numbers[recipes], words[recipes], self.log_n[recipes]
-        rate, batch = self.log_rate[recipes], self.log_batch[recipes]
-        if not step_law_prior:
-            u, v = rate - self.log_rate.mean(), batch - self.log_batch.mean()
-            return Features(raw, words, log_n, log_d, u, v)
+        log_n = self.log_n[recipes]
         laws = [step_law(n, d) for n, d in np.exp(np.column_stack([log_n, log_d])).tolist()]
-        u = rate - np.log([law.lr for law in laws])
-        v = batch - np.log([law.batch_tokens for law in laws])
-        return Features(raw, words, log_n, log_d, u, v)
+        u = self.log_rate[recipes] - np.log([law.lr for law in laws])
+        v = self.log_batch[recipes] - np.log([law.batch_tokens for law in laws])
+        early = np.full(len(recipes), log_early)
+        return Features(numbers[recipes], words[recipes], log_n, log_d, early, u, v)
+
+    def most_of_recipes(self, of_shapes: Floats) -> Floats:
+        """Per recipe the most that its shape has on the systems it may be tried on (R,)."""
+        if self.pairs is None or not self.is_partial:
+            return np.asarray(of_shapes.max(axis=1)[self.shape_of])
+        least = of_shapes.min()
+        return np.asarray(np.where(self.pairs, of_shapes[self.shape_of], least).max(axis=1))
+
+    @cached_property
+    def is_partial(self) -> bool:
+        """Whether recipes of one shape are recorded on different systems."""
+        return self.pairs is not None and bool((self.pairs != self.runs_on[self.shape_of]).any())
 
 
 def _scaled(column: Floats) -> Floats:

@@ -198,6 +198,8 @@ class Cluster:
         else:
             life.at, life.begun = at + 1, self.clock.now
             self._await_report(life)
+            if self.incumbent is None:
+                self.incumbent = self._leader()
         self._note(life.run, progress.tokens)
 
     def _end(self, life: Life, status: Status | Literal["failed"], reason: str = "") -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import optuna
 
+from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.asha import rung_reached, survives
-from thriftlm.planning.law import Curve
 from thriftlm.search.curve_model import Features
 from thriftlm.search.factored import Factored
 from thriftlm.search.journal import Ended, Event, Reported, Suggested

@@ -1,19 +1,27 @@
-"""Rivals of the factored search, as people run them: raw loss, plain Optuna, plain ASHA."""
+"""Rivals of the factored search, as people run them: raw loss, plain Optuna, plain ASHA.
+
+And the factored search with a part left out, or another in its place, to see what the part earns.
+"""
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import optuna
 
+from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.asha import rung_reached, survives
-from thriftlm.search.factored import Factored, Parts
+from thriftlm.search.curve_model import Features
+from thriftlm.search.factored import Factored
 from thriftlm.search.journal import Ended, Event, Reported, Suggested
 from thriftlm.search.section import Rejected
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.system_model import Fact
+from thriftlm.spec import Progress
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 PROBES = 12
@@ -164,7 +172,7 @@ class OurExpert(Factored):
     """The expert's system with the factored search's learner."""
 
     def __init__(self, space: Space) -> None:
-        super().__init__(space, Parts(explore=False, calibrate=True))
+        super().__init__(space)
         self.rng = np.random.default_rng(space.search.seed)
         self.probes: set[str] = set()
         self.numbers: list[str] = []
@@ -191,8 +199,97 @@ class OurExpert(Factored):
             return "probe: timed"
         return super().pause(trial)
 
-    def _system(self, recipe: int, state: SearchState, rng: np.random.Generator) -> int | None:
-        found = super()._system(recipe, state, rng)
+    def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
+        found = super()._system(recipe, rng)
         if self.fixed is not None and self.menu.allowed(recipe)[self.fixed]:
             return self.fixed
         return found
+
+
+# --- the factored search with another part --------------------------------------------------------
+
+
+class AnySystem(Factored):
+    """Joint: a system is drawn from all."""
+
+    def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
+        able = np.flatnonzero(np.isfinite(self._prices(recipe)))
+        return int(rng.choice(able)) if len(able) else None
+
+
+class NearlyBestSystem(Factored):
+    """Joint, the estimate as filter: drawn from those within 1.3 times the cheapest."""
+
+    def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
+        price = self._prices(recipe)
+        able = np.flatnonzero(np.isfinite(price) & (price <= 1.3 * price.min()))
+        return int(rng.choice(able)) if len(able) else None
+
+
+class Uncalibrated(Factored):
+    """Nothing measured changes the estimate of a system."""
+
+    def _timed(self, fact: Fact, progress: Progress) -> None:
+        pass
+
+
+class WithoutStepLaw(Factored):
+    """Learning rate and batch as they are, around their middle."""
+
+    def _features(self, recipes: Any) -> Features:
+        rate, batch = self.menu.log_rate, self.menu.log_batch
+        u, v = rate[recipes] - rate.mean(), batch[recipes] - batch.mean()
+        return replace(super()._features(recipes), u=u, v=v)
+
+
+class WholeCurves(Factored):
+    """The law is fitted to curves from their first report."""
+
+    def _curve(self, recipe: int) -> Curve:
+        record, n = self.records[recipe], float(np.exp(self.menu.log_n[recipe]))
+        yes = np.ones(len(record.tokens), bool)
+        return Curve(str(recipe), n, np.array(record.tokens), np.array(record.loss), yes, ~yes)
+
+
+class LossSoFar(Factored):
+    """Promotion by the last loss."""
+
+    def _ranking(self, tried: Any) -> Any:
+        return self.standing.loss[tried]
+
+
+class WithoutRungs(Factored):
+    """Every trial trains to its end."""
+
+    def _rungs(self, recipe: int) -> list[float]:
+        return super()._rungs(recipe)[-1:]
+
+
+class TokenRungs(Factored):
+    """The first rung at the same tokens for all."""
+
+    def _first_rung(self, end: float) -> float:
+        return float(self.space.search.fidelity.min_tokens)
+
+
+class DollarRungs(Factored):
+    """The first rung at the same share of every recipe's budget."""
+
+    def _first_rung(self, end: float) -> float:
+        fidelity = self.space.search.fidelity
+        return end * fidelity.min_tokens / fidelity.max_tokens
+
+
+class UnboundedRungs(Factored):
+    """The first rung whatever the search budget."""
+
+    def _first_rung(self, end: float) -> float:
+        fidelity = self.space.search.fidelity
+        return fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
+
+
+class WithoutConfirmation(Factored):
+    """The winner is believed as it stands."""
+
+    def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
+        return None

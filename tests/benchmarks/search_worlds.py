@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,31 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import search_rivals as rivals
 
-from thriftlm.search.factored import Factored, Parts
+from thriftlm.search.factored import Factored
 from thriftlm.search.recorded_table import RecordedSpace, Truth, read_runs, truth_of
 from thriftlm.search.simulate import SimulatedSearch, simulate
 from thriftlm.search.space import load_space
 
 TOLERANCE, STAYS = 0.01, 0.5
 CHECKPOINTS = (0.1, 0.3, 1.0)
-FULL = Parts()
 ARMS: dict[str, Callable[[Any], Any]] = {
-    "factored": lambda space: Factored(space, FULL),
+    "factored": Factored,
     "random": lambda space: rivals.Raw(space, sampler="random", asha=False),
     "optuna joint + ASHA": lambda space: rivals.Raw(space, sampler="tpe", asha=True),
     "expert, Optuna": lambda space: rivals.Expert(space, asha=False),
     "expert, Optuna + ASHA": lambda space: rivals.Expert(space, asha=True),
-    "joint, our learner": lambda space: Factored(space, replace(FULL, system="random")),
-    "joint, our learner, filtered": lambda space: Factored(space, replace(FULL, system="filtered")),
     "expert, our learner": rivals.OurExpert,
-    "without calibration": lambda space: Factored(space, replace(FULL, calibrate=False)),
-    "without probing choices": lambda space: Factored(space, replace(FULL, explore=False)),
-    "without Step Law": lambda space: Factored(space, replace(FULL, step_law=False)),
-    "promotion by loss so far": lambda space: Factored(space, replace(FULL, predicted=False)),
-    "without rungs": lambda space: Factored(space, replace(FULL, rungs=False)),
-    "dollar rungs": lambda space: Factored(space, replace(FULL, dollar_rungs=True)),
-    "without confirmation": lambda space: Factored(space, replace(FULL, confirm=False)),
+    "joint, our learner": rivals.AnySystem,
+    "joint, our learner, filtered": rivals.NearlyBestSystem,
+    "without calibration": rivals.Uncalibrated,
+    "without Step Law": rivals.WithoutStepLaw,
+    "law of whole curves": rivals.WholeCurves,
+    "promotion by loss so far": rivals.LossSoFar,
+    "without rungs": rivals.WithoutRungs,
+    "token rungs": rivals.TokenRungs,
+    "dollar rungs": rivals.DollarRungs,
+    "rungs of any search budget": rivals.UnboundedRungs,
+    "without confirmation": rivals.WithoutConfirmation,
 }
 PRODUCT = ("random", "optuna")
 """As `simulate --algorithm` has them: with our objective, and asha on predicted loss."""

@@ -68,3 +68,13 @@ def write(folder, **changes):
     path = folder / "runs.parquet"
     write_rows(rows(**changes), path)
     return path
+
+
+def spot_rows(discount=0.4, **changes):
+    """The table on both markets; spot costs a share of the on-demand price."""
+    found = []
+    for market, price in (("on_demand", USD_PER_HOUR), ("spot", discount * USD_PER_HOUR)):
+        for row in rows(**changes):
+            name = f"{row['run_id']}-{market}"
+            found.append(row | {"run_id": name, "system.market": market, "usd_per_hour": price})
+    return found

@@ -11,6 +11,7 @@ import recorded_world as world
 
 from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.search.simulate import simulate
+from thriftlm.search.simulated_cluster import Conditions
 from thriftlm.spec import InputError
 
 ALGORITHMS = ("random", "optuna", "factored")
@@ -35,7 +36,7 @@ def made(lab, tmp_path):
 
 def test_a_trial_costs_start_up_and_tokens_at_the_recorded_speed(lab, made):
     space = world.space(lab, search_budget={"trials": 1})
-    found = made(space=space).search("random", start_up_seconds=60.0)
+    found = made(space=space).search("random", conditions=Conditions(start_up_seconds=60.0))
     speed = {1000.0, 1500.0, 600.0, 900.0}
     last = found.trace[-1]
     seconds = found.spent_usd / world.USD_PER_HOUR * 3600 - 60.0

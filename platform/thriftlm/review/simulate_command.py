@@ -40,6 +40,17 @@ def simulate(
     start_up_seconds: Annotated[
         float, typer.Option(min=0, metavar="S", help="Billed before the first token of a trial.")
     ] = 60.0,
+    spot_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Preempt trials on market: spot as in a trace of SkyPilot (JSON: instances there "
+            "at each tick), which begins with the search.",
+        ),
+    ] = None,
+    spot_speedup: Annotated[
+        float, typer.Option(min=1e-3, metavar="X", help="Play the trace so many times as fast.")
+    ] = 1.0,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +69,9 @@ def simulate(
     """
     from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
     from thriftlm.search.simulate import simulate as simulated
+    from thriftlm.search.simulated_cluster import Conditions
     from thriftlm.search.space import load_space
+    from thriftlm.search.spot import read_trace
     from thriftlm.spec import InputError
 
     loaded = load_space(space, overrides or ())
@@ -70,10 +83,16 @@ def simulate(
     runs = read_runs(table, loaded)
     held = RecordedSpace(loaded, runs)
     truth = truth_of(runs, loaded, table)
+    of = "" if loaded.size is None else f" of the {loaded.size:,} in the space"
+    print(f"held to the {len(runs):,} recorded runs{of}", file=sys.stderr)
+    spot = None if spot_trace is None else read_trace(spot_trace, spot_speedup)
+    if spot is not None and not runs.says_market:
+        print(f"{table} has no system.market: its prices are taken as spot's", file=sys.stderr)
+    conditions = Conditions(start_up_seconds, spot)
     found = []
     for name in algorithms or [loaded.search.algorithm]:
         for seed in range(seeds):
-            found.append(simulated(held, truth, name, seed, start_up_seconds))
+            found.append(simulated(held, truth, name, seed, conditions))
             print(f"{name} seed {seed}: {found[-1].reason}", file=sys.stderr)
     if as_json:
         print(json.dumps([one.model_dump(mode="json") for one in found]))
@@ -88,11 +107,14 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
     columns = [Column("algorithm")]
     numbers = ("seeds", "trials", "spent", "best loss", "regret, median", "regret, worst")
     columns += [Column(name, is_number=True) for name in numbers]
+    if any(one.preemptions for one in found):
+        columns += [Column(name, is_number=True) for name in ("preemptions", "lost to them")]
     rows = []
     for name in dict.fromkeys(one.algorithm for one in found):
         mine = [one for one in found if one.algorithm == name]
         regrets = [np.inf if one.regret is None else one.regret for one in mine]
         scores = [one.best_score for one in mine if one.best_score is not None]
+        worst = (np.median(regrets), max(regrets))
         rows.append(
             [
                 name,
@@ -100,11 +122,17 @@ def show(found: Sequence["SimulatedSearch"]) -> None:
                 f"{np.median([one.trials for one in mine]):.0f}",
                 f"${np.median([one.spent_usd for one in mine]):,.2f}",
                 f"{np.median(scores):.4f}" if scores else "none",
-                f"{np.median(regrets):.4f}",
-                f"{max(regrets):.4f}",
-            ]
+                *(f"{x:.4f}" if np.isfinite(x) else "none" for x in worst),
+                f"{np.median([len(one.preemptions) for one in mine]):.0f}",
+                f"${np.median([one.preempted_usd for one in mine]):,.2f}",
+            ][: len(columns)]
         )
     console = plain_console()
     console.print(fitted(columns, rows, console.width))
     best = found[0].table_best_score
-    console.print(f"[dim]the table's best loss at the training budget: {best:.4f}[/]")
+    said = "none: all of its runs broke or diverged" if best is None else f"{best:.4f}"
+    console.print(f"[dim]the table's best loss at the training budget: {said}[/]")
+    for one in found:
+        if one.best_run_id is None:
+            said = f"{one.algorithm} seed {one.seed} has no answer."
+            console.print(said, *one.learned, sep="\n  ")

@@ -8,11 +8,9 @@ trial turns out slower than it had been.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 from thriftlm.search.gangs import LONGEST_IDLE_SECONDS
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import RunSpec
 
 STOP_SECONDS = 5.0
 """From the last report of a trial to the release of its resources: a small checkpoint and the end
@@ -21,8 +19,8 @@ FIRST_REPORT_SECONDS = 60.0
 """From allocation to the first report, before any trial has shown it: 8 to 20 s of start-up
 measured on two cores, and training."""
 
-FirstReport = Callable[[RunSpec], float]
-"""Seconds from allocation to the first report to expect of a run."""
+FirstReport = Callable[[TrialState], float]
+"""Seconds from allocation to the first report to expect of a trial."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Budget:
     hours: float | None = None
     trials: int | None = None
     first_report: FirstReport | None = None
-    """Who knows it better than `expected_first_report`."""
+    """Who knows it better than that the longest of all trials so far bounds it."""
 
     def refusal(
         self,
@@ -41,26 +39,30 @@ class Budget:
         now: float,
         *,
         usd_per_hour: float,
-        run: RunSpec | None = None,
+        trial: TrialState | None = None,
         gang: str | None = None,
     ) -> str | None:
         """Why a new trial at this price cannot start now, None when it can.
 
         `gang` would serve it: what is reserved for its waiting falls away.
         """
-        seconds = 2 * self._to_first_report(state, run) + STOP_SECONDS
+        seconds = self.needed_seconds(state, trial)
         needed_usd = usd_per_hour * seconds / 3600 - self._reserved_idle(state, now, gang)
         return self._usd_passed(state, now, needed_usd) or self._hours_passed(state, now, seconds)
+
+    def needed_seconds(self, state: SearchState, trial: TrialState | None) -> float:
+        """Seconds that a new trial runs at least: to be stopped at its first report, and obey."""
+        return 2 * self._to_first_report(state, trial) + STOP_SECONDS
 
     def stop_reason(self, state: SearchState, trial: TrialState, now: float) -> str | None:
         """Why a running trial must end at its next report, None when it may go on."""
         seconds = self.reserve_seconds(state, trial, now)
         return self._usd_passed(state, now, 0.0) or self._hours_passed(state, now, seconds)
 
-    def _to_first_report(self, state: SearchState, run: RunSpec | None) -> float:
-        if self.first_report is None or run is None:
-            return expected_first_report(state)
-        return self.first_report(run)
+    def _to_first_report(self, state: SearchState, trial: TrialState | None) -> float:
+        if self.first_report is None or trial is None:
+            return state.longest_start or FIRST_REPORT_SECONDS
+        return self.first_report(trial)
 
     def _usd_passed(self, state: SearchState, now: float, more_usd: float) -> str | None:
         if self.usd is None:
@@ -107,19 +109,11 @@ class Budget:
         Its longest so far; that to its first report, which has the start-up in it, before it has
         shown another; and what first reports of other trials took before it has made one.
         """
-        at = [trial.allocations[-1].since, *trial.reported_at]
-        first, *others = [b - a for a, b in pairwise(at)] or [
-            self._to_first_report(state, trial.run)
-        ]
-        return max(others, default=first)
-
-
-def expected_first_report(state: SearchState) -> float:
-    """Seconds from allocation to the first report to expect of a new trial."""
-    seen = [
-        t.reported_at[0] - t.allocations[-1].since for t in state.trials.values() if t.reported_at
-    ]
-    return max(seen, default=FIRST_REPORT_SECONDS)
+        if trial.longest_interval is not None:
+            return trial.longest_interval
+        if trial.reported_at:
+            return trial.reported_at[0] - trial.allocations[-1].since
+        return self._to_first_report(state, trial)
 
 
 def _last_sign(trial: TrialState) -> float:

@@ -8,9 +8,9 @@ where u and v are the logs of learning rate and batch over those of Step Law (ar
 search is for the residual. The law is fitted to all curves and then linearised, so that its five
 coefficients are Gaussian with the prior of `planning.law`; the bowl's coefficients are Gaussian
 too; f and g are Gaussian processes over the raw fields, u, v and log N; a and b belong to one
-recipe alone. Everything is one Gaussian process, whose posterior at t = 0 is the score. Scales are
-learned by marginal likelihood, so evidence decides how much is shared between recipes (freeze-thaw
-of Swersky et al., arXiv 1406.3896, with the law as its mean).
+recipe alone. Everything is one Gaussian process, whose posterior at t = 0 is the score
+(freeze-thaw of Swersky et al., arXiv 1406.3896, with the law as its mean). Its scales are fixed:
+learning them by marginal likelihood earned nothing in simulated worlds.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
-from scipy.optimize import minimize
 
 from thriftlm.planning.law import PRIOR_LAW, PRIOR_SD, Curve, fit_law
 from thriftlm.planning.scaling_laws import LossLaw
@@ -30,16 +29,14 @@ BOWL_MEAN = np.array([0.0, 0.006, 0.0, 0.002, 0.0])
 BOWL_SD = np.array([0.012, 0.006, 0.004, 0.003, 0.006])
 """Of u, u^2, v, v^2 and u t: twice the best rate costs about .3%, as in Step Law's own runs; the
 middle may lie a factor of e elsewhere, and move with the horizon."""
-SCALES = np.log([0.02, 0.5, 0.006, 0.004, 0.004, 0.002])
-SCALES_SD = np.array([0.7, 0.5, 0.7, 0.7, 0.7, 0.5])
-"""Logs of the scale of f, its length, the scales of g, a, b and noise, where learning starts."""
-MOST_STEPS = 60
-"""Evaluations of the likelihood in one round of learning."""
-LENGTHS = {"u": 1.2, "v": 2.0, "n": 1.5}
-"""In logs: distances at which recipes stop being alike, times the learned length."""
-EARLIEST, EARLY_SD = 27.0, np.array([0.03, 0.01])
-"""Runs begin steeper than any law, all of them alike: a term in 1/D, of that scale in log loss at a
-27th of the budget, and how it changes per e-fold of size."""
+LEVEL_SD, SLOPE_SD, OWN_SD, OWN_SLOPE_SD, NOISE_SD = 0.02, 0.006, 0.004, 0.004, 0.002
+"""Scales of f, g, a, b and noise, in log loss and per e-fold of tokens."""
+LENGTHS = {"u": 0.6, "v": 1.0, "n": 0.75, "raw": 0.5}
+"""Distances at which recipes stop being alike: in logs, and in shares of a field's domain; words
+that differ count like the whole domain."""
+EARLIEST, EARLY_SD = 27.0, np.array([0.1, 0.03])
+"""Runs begin above any law, and warm-up is counted in tokens: a term exp(-D / D_0), of that scale
+in log loss, and how it changes per e-fold of size. D_0 is a 27th of a middling run's tokens."""
 EARLY = 2.0
 """From e^-2 of the budget down, the law is a rough description: noise grows in proportion."""
 JITTER = 1e-10
@@ -57,6 +54,8 @@ class Features:
     """Stored parameters without embeddings."""
     log_d: Floats
     """Tokens that the training budget buys."""
+    log_early: Floats
+    """Tokens in which a run begins, the same for all."""
     u: Floats
     """Log of the learning rate over Step Law's at the budget."""
     v: Floats
@@ -101,7 +100,6 @@ class CurveModel:
     """Fitted to points of curves; asked for scores."""
 
     def __init__(self) -> None:
-        self.scales = SCALES.copy()
         self.law = PRIOR_LAW
 
     def fit_law(self, curves: Sequence[Curve]) -> None:
@@ -109,45 +107,18 @@ class CurveModel:
         if curves:
             self.law = fit_law(curves, starts=0).law
 
-    def learn(self, features: Features, points: Points) -> None:
-        """Learn the scales from where they are."""
-        basis = self._basis(features, points.recipe, points.log_tokens)
-        residual = points.log_loss - self._mean(features, points.recipe, points.log_tokens)
-
-        def cost(scales: Floats) -> float:
-            try:
-                factor = np.linalg.cholesky(self._own(features, points, basis, scales))
-            except np.linalg.LinAlgError:
-                return 1e6
-            white = solve_triangular(factor, residual, lower=True, check_finite=False)
-            prior = (((scales - SCALES) / SCALES_SD) ** 2).sum()
-            return float(0.5 * white @ white + np.log(np.diag(factor)).sum() + 0.5 * prior)
-
-        found = minimize(
-            cost,
-            self.scales,
-            method="Nelder-Mead",
-            options={
-                "maxfev": MOST_STEPS,
-                "xatol": 0.05,
-                "fatol": 0.05,
-                "initial_simplex": self.scales + np.vstack([0 * SCALES, 0.4 * np.eye(len(SCALES))]),
-            },
-        )
-        self.scales = np.asarray(found.x)
-
     def posterior(self, features: Features, points: Points) -> Posterior:
         """Scores of all recipes of `features` given the points of some."""
         recipes = np.arange(len(features.log_n))
         basis = self._basis(features, recipes, features.log_d)
         mean = self._mean(features, recipes, features.log_d)
         there = Points(recipes, features.log_d, mean)
-        prior = self._between(features, there, there, basis, basis, self.scales)
+        prior = self._between(features, there, there, basis, basis)
         if not len(points.recipe):
             return Posterior(mean, prior)
         known = self._basis(features, points.recipe, points.log_tokens)
-        factor = np.linalg.cholesky(self._own(features, points, known, self.scales))
-        cross = self._between(features, points, there, known, basis, self.scales)
+        factor = np.linalg.cholesky(self._own(features, points, known))
+        cross = self._between(features, points, there, known, basis)
         residual = points.log_loss - self._mean(features, points.recipe, points.log_tokens)
         white = solve_triangular(factor, cross, lower=True, check_finite=False)
         moved = cross.T @ cho_solve((factor, True), residual, check_finite=False)
@@ -163,16 +134,16 @@ class CurveModel:
         """Slopes of log loss in the law's coefficients, the bowl's and the beginning's (P, 12)."""
         log_n = features.log_n[recipe]
         u, v, t = features.u[recipe], features.v[recipe], log_tokens - features.log_d[recipe]
-        early = np.minimum(np.exp(-t) / EARLIEST, 3.0)
+        early = np.exp(-np.exp(np.minimum(log_tokens - features.log_early[recipe], 9.0)))
         size = log_n - np.log(3e8)
         bowl = (u, u**2, v, v**2, u * t)
         slopes = law_slopes(self.law, log_n, log_tokens)
         return np.column_stack([slopes, *bowl, early, early * size])
 
-    def _own(self, features: Features, points: Points, basis: Floats, scales: Floats) -> Floats:
+    def _own(self, features: Features, points: Points, basis: Floats) -> Floats:
         """Covariance of what was measured."""
-        noise = np.exp(scales[5]) * self._roughness(features, points)
-        covariance = self._between(features, points, points, basis, basis, scales)
+        noise = NOISE_SD * self._roughness(features, points)
+        covariance = self._between(features, points, points, basis, basis)
         return covariance + np.diag(noise**2 + JITTER)
 
     def _roughness(self, features: Features, points: Points) -> Floats:
@@ -186,19 +157,17 @@ class CurveModel:
         other: Points,
         basis_one: Floats,
         basis_other: Floats,
-        scales: Floats,
     ) -> Floats:
         """Covariance of log losses without noise (P, Q)."""
-        level, length, slope, own, own_slope = np.exp(scales[:5])
         sds = np.concatenate([PRIOR_SD[:5], BOWL_SD, EARLY_SD])
         shared = (basis_one * sds**2) @ basis_other.T
         t_one = one.log_tokens - features.log_d[one.recipe]
         t_other = other.log_tokens - features.log_d[other.recipe]
         slopes = np.outer(t_one, t_other)
-        alike = _alike(features.take(one.recipe), features.take(other.recipe), length)
+        alike = _alike(features.take(one.recipe), features.take(other.recipe))
         same = one.recipe[:, None] == other.recipe[None, :]
-        found = shared + alike * (level**2 + slope**2 * slopes)
-        return np.asarray(found + same * (own**2 + own_slope**2 * slopes))
+        found = shared + alike * (LEVEL_SD**2 + SLOPE_SD**2 * slopes)
+        return np.asarray(found + same * (OWN_SD**2 + OWN_SLOPE_SD**2 * slopes))
 
 
 def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
@@ -216,15 +185,15 @@ def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
     return np.column_stack([share, *exponents])
 
 
-def _alike(one: Features, other: Features, length: float) -> Floats:
+def _alike(one: Features, other: Features) -> Floats:
     """How alike recipes are (P, Q), 1 for equal ones: Matern 5/2 over numbers, less per word."""
     square = np.zeros((len(one.u), len(other.u)))
     for name, scale in (("u", LENGTHS["u"]), ("v", LENGTHS["v"]), ("log_n", LENGTHS["n"])):
         gap = getattr(one, name)[:, None] - getattr(other, name)[None, :]
         square += (gap / scale) ** 2
     for k in range(one.raw.shape[1]):
-        square += (one.raw[:, k, None] - other.raw[None, :, k]) ** 2
+        square += ((one.raw[:, k, None] - other.raw[None, :, k]) / LENGTHS["raw"]) ** 2
     for k in range(one.words.shape[1]):
-        square += one.words[:, k, None] != other.words[None, :, k]
-    distance = np.sqrt(5 * square) / length
+        square += (one.words[:, k, None] != other.words[None, :, k]) / LENGTHS["raw"] ** 2
+    distance = np.sqrt(5 * square)
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thriftlm import prices
-from thriftlm.search import algorithms
+from thriftlm.search import algorithms, lessons
 from thriftlm.search.asha import rung_reached, rungs_of, survives
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
@@ -103,7 +103,7 @@ class Desk:
         for gang in list(self.state.idle):
             self._dismissed(gang, died_at)
         for trial in self.state.waiting:
-            if not trial.is_paused and trial.stop_reason not in (None, INTERRUPTED):
+            if trial.stop_reason not in (None, INTERRUPTED):
                 self._end(trial, died_at, "stopped", trial.stop_reason or "", None)
         self._write(SearchResumed(at=self.clock()))
 
@@ -111,9 +111,12 @@ class Desk:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
-        waiting = (t for t in self.state.waiting if not t.is_paused)
-        fitting = (t for t in waiting if self.capacity.can_ever_hold(t.run.system))
+        waiting = self.state.waiting
+        fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
+        later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
+        if isinstance(trial, Finished) and later and self._may_wait():
+            return Wait()
         if isinstance(trial, Finished | Wait):
             return trial
         usd_per_hour, price = self.price_of(trial.run)
@@ -121,7 +124,7 @@ class Desk:
             self.state,
             self.clock(),
             usd_per_hour=usd_per_hour,
-            run=trial.run,
+            trial=trial,
             gang=self._waiting_gang(trial),
         )
         if refusal and not self.state.running:
@@ -194,6 +197,17 @@ class Desk:
             reason = trial.stop_reason or reason
         self._end(trial, self.clock(), status, reason, checkpoint)
 
+    def preempt(self, trial_id: str) -> None:
+        """The market took the resources of a trial back.
+
+        It goes on from its last checkpoint when there are others; that says nothing of the trial.
+        One that had been asked to end has ended.
+        """
+        trial = self.state.trials[trial_id]
+        self._release(trial, self.clock(), preempted=True)
+        if not trial.is_paused and trial.stop_reason not in (None, INTERRUPTED):
+            self._end(trial, self.clock(), "stopped", trial.stop_reason or "", None)
+
     def interrupt(self) -> None:
         """Ask every running trial to end at its next report, to go on in a resumed search."""
         self.interrupted = True
@@ -238,6 +252,20 @@ class Desk:
         """The trial that the search would answer with now, None while it has learned nothing."""
         return self.algorithm.leader(self.state)
 
+    def learned(self) -> list[str]:
+        """What the search has learned, in sentences; also where it has no answer."""
+        return lessons.learned(self.space, self.state) + self._needed()
+
+    def _needed(self) -> list[str]:
+        """What the first trial would have needed, where the budget did not bear any."""
+        if not self.state.waiting or any(trial.allocations for trial in self.state.trials.values()):
+            return []
+        trial = self.state.waiting[0]
+        hours = self.budget.needed_seconds(self.state, trial) / 3600
+        usd = hours * self.price_of(trial.run)[0]
+        system = f"{trial.run.system.n_gpus} x {trial.run.system.gpu}"
+        return [f"a trial needs at least {usd:.3g} USD and {hours:.3g} hours (on {system})"]
+
     def _suggest(self) -> TrialState | Wait | Finished:
         """A paused trial to go on with, or a new one."""
         if self._is_full():
@@ -251,8 +279,10 @@ class Desk:
         if is_last:
             why = f"search budget of {self.budget.trials} trials"
             return Wait() if may_go_on else Finished(why)
+        is_later = False
         for proposal in self.algorithm.propose(self.state):
-            if self.capacity.can_ever_hold(proposal.run.system):
+            is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
+            if self.capacity.can_hold(proposal.run.system, ()):
                 run = proposal.run
                 event = Suggested(
                     at=self.clock(),
@@ -263,9 +293,15 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        return (
-            Wait() if may_go_on else Finished("every point of the space that fits has been tried")
-        )
+        if may_go_on or (is_later and self._may_wait()):
+            return Wait()
+        return Finished("every point of the space that fits has been tried")
+
+    def _may_wait(self) -> bool:
+        """Whether the budget bears that something starts when the market has room again."""
+        if self.state.running:
+            return True
+        return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent
@@ -310,8 +346,9 @@ class Desk:
         if reason is not None:
             self._write(StopRequested(at=self.clock(), trial_id=trial.trial_id, reason=reason))
 
-    def _release(self, trial: TrialState, at: float) -> None:
-        self._write(Released(at=at, trial_id=trial.trial_id, usd=trial.allocations[-1].usd(at)))
+    def _release(self, trial: TrialState, at: float, preempted: bool = False) -> None:
+        usd = trial.allocations[-1].usd(at)
+        self._write(Released(at=at, trial_id=trial.trial_id, usd=usd, preempted=preempted))
 
     def _dismissed(self, gang: str, at: float) -> None:
         self._write(Dismissed(at=at, gang=gang, usd=self.state.idle[gang].held.usd(at)))

@@ -13,7 +13,6 @@ the same decisions, also when it is replayed.
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,12 @@ from scipy.special import ndtr
 from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
-from thriftlm.search.journal import Allocated, Ended, Event, Reported, Suggested
+from thriftlm.search.curve_model import EARLIEST, CurveModel, Features, Points, Posterior
+from thriftlm.search.journal import Allocated, Ended, Event, Released, Reported, Suggested
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS
 from thriftlm.search.space import Space
+from thriftlm.search.standing import Record, Standing
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
 from thriftlm.spec import Progress
@@ -35,11 +35,16 @@ Floats = NDArray[np.float64]
 
 CANDIDATES = 256
 """Recipes drawn for each proposal, of those that were not tried; never more than two thirds."""
-MOST_RECIPES, MOST_POINTS = 64, 4
+MOST_RECIPES, MOST_POINTS, APART = 64, 2, 1.7
 """Recipes that the surrogate is fitted to (half the best, half the latest) and points of each
-curve, the last and earlier ones at half the tokens each: what bounds the time of a suggestion."""
+curve, the last and an earlier one at this ratio of tokens: what bounds the time of a suggestion."""
+LATE = 4.0
+"""Only the last factor of so many tokens of a curve is fitted: what comes before bends away from
+every law, and a law that has to follow it predicts worse."""
+MOST_NEARBY = 500
+"""Recipes, the latest, whose divergence tells on others."""
 GROWTH = 1.25
-"""The surrogate's scales are learned again whenever there are this many times the points."""
+"""The law is fitted again whenever there are this many times the points."""
 COST_POWER = 0.5
 """Expected improvement is divided by the price to this power: 1 would only choose cheap trials
 (cost cooling of EI per unit cost, Lee et al., arXiv 2003.10870)."""
@@ -47,41 +52,10 @@ CONFIRMED = 1 / 3
 """Share of the budget's tokens that a winner is trained to before it is believed."""
 RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
-FUTURE_SHARE = 0.25
-"""Of the training budget: dollars that a cheaper system would save on, when a probe is weighed."""
+FIRST_RUNGS = 9
+"""A search affords at least so many trials to the first rung."""
 PROPOSED = 20
 """Recipes resolved per proposal until one of them is a run."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What can be left out of the search, to see what it earns."""
-
-    calibrate: bool = True
-    """Measured throughput teaches the estimate."""
-    explore: bool = True
-    """A dearer system is chosen where what it teaches is worth more."""
-    step_law: bool = True
-    """Learning rate and batch are searched around Step Law."""
-    predicted: bool = True
-    """Trials go on by predicted final loss; without it by their loss so far."""
-    rungs: bool = True
-    """Trials pause; without it each trains to the end."""
-    dollar_rungs: bool = False
-    """Rungs are shares of each recipe's budget, instead of tokens."""
-    confirm: bool = True
-    """The winner is trained to a third of its budget before the money ends."""
-    system: str = "best"
-    """`best`, `random`, `filtered` (at random within 1.3 of the best), or `fixed` (by a grid)."""
-
-
-@dataclass
-class Record:
-    """What is known of one recipe."""
-
-    tokens: list[float]
-    loss: list[float]
-    diverged: bool = False
 
 
 class Factored(Searcher):
@@ -89,16 +63,19 @@ class Factored(Searcher):
 
     pauses = True
 
-    def __init__(self, space: Space, parts: Parts = Parts()) -> None:
-        self.space, self.parts = space, parts
+    def __init__(self, space: Space) -> None:
+        self.space = space
         self.menu: Menu = menu_of(space)
         self.systems = SystemModel.over(self.menu.prior)
         self.curves = CurveModel()
         self.places: dict[str, tuple[int, int]] = {}
+        self.trials_of: dict[int, list[str]] = defaultdict(list)
         self.records: dict[int, Record] = {}
+        self.standing = Standing.of(len(self.menu.recipes))
         self.targets: dict[str, float] = {}
         self.failed: set[str] = set()
         self.learned_from = 0
+        self.data: tuple[NDArray[np.intp], Points] | None = None
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
         self._budget_tokens()
 
@@ -108,29 +85,32 @@ class Factored(Searcher):
         """Take an event of the journal into account."""
         match event:
             case Suggested(trial_id=trial_id, point=point):
-                self.places[trial_id] = self.menu.locate(point)
+                recipe, _ = self.places[trial_id] = self.menu.locate(point)
+                self.trials_of[recipe].append(trial_id)
+                self.standing.trials[recipe] += 1
             case Allocated(trial_id=trial_id):
                 self.targets[trial_id] = self._next_rung(trial_id)
             case Reported(trial_id=trial_id, progress=progress):
                 self._measured(trial_id, progress)
             case Ended(trial_id=trial_id, status=status):
                 if status in ("oom", "failed", "diverged"):
-                    self.failed.add(trial_id)
+                    self._failed(trial_id)
+            case Released():
+                self._learn()
             case _:
                 return
         self.posterior = None
 
+    def _failed(self, trial_id: str) -> None:
+        if trial_id not in self.failed:
+            self.failed.add(trial_id)
+            self.standing.trials[self.places[trial_id][0]] -= 1
+
     def _measured(self, trial_id: str, progress: Progress) -> None:
         recipe, system = self.places[trial_id]
-        fact = Fact(int(self.menu.shape_of[recipe]), system)
-        rate = progress.tokens_per_s
-        oom = progress.status == "oom"
-        if self.parts.calibrate and (oom or rate is not None):
-            total = None if rate is None or oom else rate * self.menu.specs[system].n_gpus
-            if self.systems.observe(fact, total, oom):
-                self._budget_tokens()
-        if oom:
-            self.failed.add(trial_id)
+        self._timed(Fact(int(self.menu.shape_of[recipe]), system), progress)
+        if progress.status == "oom":
+            self._failed(trial_id)
             return
         record = self.records.setdefault(recipe, Record([], []))
         if progress.status == "diverged":
@@ -140,9 +120,42 @@ class Factored(Searcher):
                 record.tokens.pop(), record.loss.pop()
             record.tokens.append(float(progress.tokens))
             record.loss.append(progress.val_loss)
+        self._stands(recipe)
+
+    def _stands(self, recipe: int) -> None:
+        """Enter a recipe where its record puts it."""
+        record, rungs = self.records[recipe], self._rungs(recipe)
+        tokens = record.tokens[-1] if record.tokens else 0.0
+        at = self.standing
+        at.tokens[recipe], at.loss[recipe] = tokens, record.loss[-1] if record.loss else np.nan
+        at.is_known[recipe] = bool(record.loss) or record.diverged
+        at.may_win[recipe] = bool(record.loss) and not record.diverged
+        at.level[recipe] = sum(rung <= 1.05 * tokens for rung in rungs)
+        at.may_go_on[recipe] = tokens < 0.95 * rungs[-1]
+        self.data = None
+
+    def _timed(self, fact: Fact, progress: Progress) -> None:
+        """What a system did teaches the costs of all."""
+        rate, oom = progress.tokens_per_s, progress.status == "oom"
+        if oom or rate is not None:
+            total = None if rate is None or oom else rate * self.menu.specs[fact.system].n_gpus
+            if self.systems.observe(fact, total, oom):
+                self._budget_tokens()
 
     def _budget_tokens(self) -> None:
         """D_B of every recipe, on the system that is believed to be its best."""
+        most = float(self.space.search.fidelity.max_tokens)
+        if self.systems.knows_speed:
+            self.tokens_at_budget = self.menu.most_of_recipes(self._bought())
+        else:  # nobody has measured such a machine yet
+            self.tokens_at_budget = np.full(len(self.menu.recipes), most)
+        middling = float(np.median(np.minimum(self.tokens_at_budget, most)))
+        self.log_early = float(np.log(middling / EARLIEST))
+        for recipe in self.records:
+            self._stands(recipe)
+
+    def _bought(self) -> Floats:
+        """Tokens that the training budget buys a shape on each system; 1 where it doesn't run."""
         budget, usd_per_hour = self.space.training_budget, self.menu.usd_per_hour
         costs = self.systems.all_costs()
         speed = np.exp(costs.log_tokens_per_s)
@@ -150,25 +163,31 @@ class Factored(Searcher):
         fits = np.where(fits.any(axis=1, keepdims=True), fits, self.menu.runs_on)
         by_usd = np.inf if budget.usd is None else budget.usd * 3600 / usd_per_hour * speed
         by_hours = np.inf if budget.hours is None else budget.hours * 3600 * speed
-        bought = np.where(fits, np.minimum(by_usd, by_hours), 1.0)
-        self.tokens_at_budget = bought.max(axis=1)[self.menu.shape_of]
+        return np.where(fits, np.minimum(by_usd, by_hours), 1.0)
 
     # --- rungs ------------------------------------------------------------------------------------
 
     def _rungs(self, recipe: int) -> list[float]:
-        """Tokens at which a trial of a recipe waits: token rungs up to what the budget buys."""
+        """Tokens at which a trial of a recipe waits, up to what the budget buys."""
         fidelity = self.space.search.fidelity
-        end = min(float(fidelity.max_tokens), self.tokens_at_budget[recipe])
-        if not self.parts.rungs:
-            return [end]
-        if self.parts.dollar_rungs:
-            share = fidelity.min_tokens / fidelity.max_tokens
-            found = []
-            while share < 1:
-                found.append(end * share)
-                share *= fidelity.factor
-            return [*found, end]
-        return [*(float(rung) for rung in fidelity.rungs if rung < 0.7 * end), end]
+        end = min(float(fidelity.max_tokens), float(self.tokens_at_budget[recipe]))
+        found, rung = [], self._first_rung(end)
+        while rung < 0.7 * end:
+            found.append(rung)
+            rung *= fidelity.factor
+        return [*found, end]
+
+    def _first_rung(self, end: float) -> float:
+        """Halfway between equal tokens and equal dollars, less where the search can spend little.
+
+        At equal tokens large models cost too much, at equal dollars they are still warming up.
+        """
+        fidelity = self.space.search.fidelity
+        rung = fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
+        usd, total = self.space.training_budget.usd, self.space.search_budget.usd
+        if usd is None or total is None:
+            return rung
+        return min(rung, end * total / (FIRST_RUNGS * usd))
 
     def _next_rung(self, trial_id: str) -> float:
         recipe = self.places[trial_id][0]
@@ -176,8 +195,7 @@ class Factored(Searcher):
         return next((rung for rung in rungs if rung > 1.05 * self._tokens(recipe)), rungs[-1])
 
     def _tokens(self, recipe: int) -> float:
-        record = self.records.get(recipe)
-        return record.tokens[-1] if record and record.tokens else 0.0
+        return float(self.standing.tokens[recipe])
 
     def pause(self, trial: TrialState) -> str | None:
         """Why a running trial should wait now."""
@@ -191,20 +209,14 @@ class Factored(Searcher):
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
-        paused = {
-            self.places[t.trial_id][0]: t.trial_id
-            for t in state.waiting
-            if t.is_paused and self._may_go_on(t.trial_id)
-        }
+        may_go_on = self.standing.may_go_on
+        at = ((self.places[t.trial_id][0], t.trial_id) for t in state.paused)
+        paused = {recipe: trial_id for recipe, trial_id in at if may_go_on[recipe]}
         if not paused:
             return None
-        if self.parts.confirm and (winner := self._to_confirm(state, paused, is_last)):
+        if winner := self._to_confirm(state, paused, is_last):
             return winner
         return self._promoted(state, paused)
-
-    def _may_go_on(self, trial_id: str) -> bool:
-        recipe = self.places[trial_id][0]
-        return self._tokens(recipe) < 0.95 * self._rungs(recipe)[-1]
 
     def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
         leader = self.leader(state)
@@ -227,68 +239,73 @@ class Factored(Searcher):
         tried = self._usable()
         if not len(tried):
             return None
-        levels = {r: self._level(r) for r in tried.tolist()}
-        going = {self.places[t.trial_id][0] for t in state.running}
-        scores = self._ranking(tried)
-        for level in sorted(set(levels.values()), reverse=True):
-            reached = [r for r in levels if levels[r] >= level]
-            reached.sort(key=lambda r: scores[r])
-            kept = reached[: len(reached) // self.space.search.fidelity.factor]
-            for recipe in kept:
-                if levels[recipe] == level and recipe in paused and recipe not in going:
-                    return paused[recipe]
+        levels, scores = self.standing.level[tried], self._ranking(tried)
+        may = np.zeros(len(self.menu.recipes), bool)
+        may[list(paused)] = True
+        may[[self.places[t.trial_id][0] for t in state.running]] = False
+        for level in np.unique(levels)[::-1]:
+            reached = np.flatnonzero(levels >= level)
+            best = reached[np.argsort(scores[reached], kind="stable")]
+            kept = best[: len(reached) // self.space.search.fidelity.factor]
+            going_on = kept[(levels[kept] == level) & may[tried[kept]]]
+            if len(going_on):
+                return paused[int(tried[going_on[0]])]
         return None
 
-    def _level(self, recipe: int) -> int:
-        tokens = self._tokens(recipe)
-        return sum(rung <= 1.05 * tokens for rung in self._rungs(recipe))
-
-    def _ranking(self, tried: NDArray[np.intp]) -> dict[int, float]:
-        """What promotion goes by: predicted score, or loss so far."""
-        if not self.parts.predicted:
-            return {r: self.records[r].loss[-1] for r in tried.tolist()}
+    def _ranking(self, tried: NDArray[np.intp]) -> Floats:
+        """What promotion goes by: the predicted score."""
         recipes, posterior = self._posterior()
-        place = {r: i for i, r in enumerate(recipes.tolist())}
-        means = posterior.mean
-        return {r: float(means[place[r]]) if r in place else np.inf for r in tried.tolist()}
+        scores = np.full(len(self.menu.recipes), np.nan)
+        if len(tried) > len(recipes):
+            scores[tried] = self._by_law(tried)
+        scores[recipes] = posterior.mean
+        return np.asarray(scores[tried])
+
+    def _by_law(self, recipes: NDArray[np.intp]) -> Floats:
+        """Log loss at budget where each keeps its distance from the law: a rough score."""
+        law, n = self.curves.law, np.exp(self.menu.log_n[recipes])
+        now, then = self.standing.tokens[recipes], self.tokens_at_budget[recipes]
+        to_come = law.loss(n, then) / law.loss(n, now)
+        return np.asarray(np.log(self.standing.loss[recipes] * to_come))
 
     # --- scores -----------------------------------------------------------------------------------
 
     def _usable(self) -> NDArray[np.intp]:
         """Recipes with a measured point that may win."""
-        return np.array([r for r, x in self.records.items() if x.loss and not x.diverged], np.intp)
+        tried = np.fromiter(self.records, np.intp, len(self.records))
+        return tried[self.standing.may_win[tried]]
 
     def _posterior(self) -> tuple[NDArray[np.intp], Posterior]:
         """Scores of the recipes that the surrogate is fitted to."""
         if self.posterior is None:
             recipes, points = self._data()
-            posterior = self.curves.posterior(self._features().take(recipes), points)
+            posterior = self.curves.posterior(self._features(recipes), points)
             self.posterior = recipes, posterior
         return self.posterior
 
-    def _features(self) -> Features:
-        return self.menu.features(np.log(self.tokens_at_budget), self.parts.step_law)
+    def _features(self, recipes: NDArray[np.intp]) -> Features:
+        log_d = np.log(self.tokens_at_budget[recipes])
+        return self.menu.features(recipes, log_d, self.log_early)
 
     def _data(self) -> tuple[NDArray[np.intp], Points]:
-        """The recipes that count, and their points by place; learns when there is more."""
-        usable = self._usable()
-        if len(usable) > MOST_RECIPES:
-            half = MOST_RECIPES // 2
-            older, latest = usable[:-half], usable[-half:]
-            law = self.curves.law
-            n, d = np.exp(self.menu.log_n), self.tokens_at_budget
-            at = {r: float(law.loss(n[r], self._tokens(r))) for r in older.tolist()}
-            gap = [
-                self.records[r].loss[-1] / at[r] * float(law.loss(n[r], d[r]))
-                for r in older.tolist()
-            ]
-            usable = np.concatenate([older[np.argsort(gap, kind="stable")[:half]], latest])
-        points = self._points(usable)
+        """The recipes that count, and their points by place."""
+        if self.data is None:
+            usable = self._usable()
+            if len(usable) > MOST_RECIPES:
+                half = MOST_RECIPES // 2
+                older, latest = usable[:-half], usable[-half:]
+                best = np.argsort(self._by_law(older), kind="stable")[:half]
+                usable = np.concatenate([older[best], latest])
+            self.data = usable, self._points(usable)
+        return self.data
+
+    def _learn(self) -> None:
+        """Fit the law when there is more: at an event, so that a replay does the same."""
+        usable, points = self._data()
         if len(points.recipe) > GROWTH * self.learned_from:
             self.learned_from = len(points.recipe)
             self.curves.fit_law([self._curve(r) for r in usable.tolist()])
-            self.curves.learn(self._features().take(usable), points)
-        return usable, points
+            self.data = None  # the law chooses the recipes
 
     def _points(self, recipes: NDArray[np.intp]) -> Points:
         rows: list[tuple[int, float, float]] = []
@@ -296,7 +313,7 @@ class Factored(Searcher):
             record, last = self.records[recipe], np.inf
             taken = 0
             for tokens, loss in zip(reversed(record.tokens), reversed(record.loss), strict=True):
-                if tokens <= last / 2 and taken < MOST_POINTS:
+                if tokens <= last / APART and taken < MOST_POINTS:
                     rows.append((place, np.log(tokens), np.log(loss)))
                     last, taken = tokens, taken + 1
         columns = np.array(rows).reshape(-1, 3).T
@@ -304,9 +321,11 @@ class Factored(Searcher):
 
     def _curve(self, recipe: int) -> Curve:
         record = self.records[recipe]
-        yes = np.ones(len(record.tokens), bool)
+        tokens, loss = np.array(record.tokens), np.array(record.loss)
+        late = tokens >= tokens[-1] / LATE
+        yes = np.ones(int(late.sum()), bool)
         n = float(np.exp(self.menu.log_n[recipe]))
-        return Curve(str(recipe), n, np.array(record.tokens), np.array(record.loss), yes, ~yes)
+        return Curve(str(recipe), n, tokens[late], loss[late], yes, ~yes)
 
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now: the lowest pessimistic score."""
@@ -316,27 +335,23 @@ class Factored(Searcher):
         recipes, posterior = self._posterior()
         spread = posterior.sd_within(np.arange(len(recipes)))
         best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
-        by_recipe = defaultdict(list)
-        for trial_id, (recipe, _) in self.places.items():
-            if trial_id in state.trials and trial_id not in self.failed:
-                by_recipe[recipe].append(trial_id)
-        return max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
+        tried_on = [t for t in self.trials_of[best] if t in state.trials and t not in self.failed]
+        return max(tried_on, key=lambda t: state.trials[t].tokens, default=None)
 
     # --- what is next -----------------------------------------------------------------------------
 
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
-        taken = {self.places[t][0] for t in state.trials if t not in self.failed}
-        taken |= {r for r, x in self.records.items() if x.loss or x.diverged}
-        left = np.array([r for r in range(len(self.menu.recipes)) if r not in taken], np.intp)
-        left = left[[bool(self.menu.allowed(r).any()) for r in left.tolist()]]
+        taken = (self.standing.trials > 0) | self.standing.is_known
+        left = np.flatnonzero(~taken & self.menu.runs_somewhere)
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
         for recipe in drawn[np.argsort(-self._worth(drawn, state), kind="stable")][:PROPOSED]:
-            system = self._system(int(recipe), state, rng)
-            run = None if system is None else self.menu.resolve(int(recipe), system)
+            run, system = None, self._system(int(recipe), rng)
+            while system is not None and (run := self.menu.resolve(int(recipe), system)) is None:
+                system = self._system(int(recipe), rng)
             if run is not None and system is not None and run.trial_id not in state.trials:
                 yield Proposal(self.menu.point(int(recipe), system), run)
 
@@ -346,12 +361,12 @@ class Factored(Searcher):
         going = [self.places[t.trial_id][0] for t in state.running]
         blind = np.array([r for r in dict.fromkeys(going) if r not in set(known.tolist())], np.intp)
         recipes = np.concatenate([known, blind, candidates])
-        posterior = self.curves.posterior(self._features().take(recipes), points)
+        posterior = self.curves.posterior(self._features(recipes), points)
         covariance = posterior.covariance
-        for i in range(len(known), len(known) + len(blind)):  # as if they had been measured
-            covariance = covariance - np.outer(covariance[i], covariance[i]) / (
-                covariance[i, i] + 1e-5
-            )
+        if len(blind):  # as if they had been measured
+            rows = covariance[len(known) : len(known) + len(blind)]
+            own = rows[:, len(known) : len(known) + len(blind)] + 1e-5 * np.eye(len(blind))
+            covariance = covariance - rows.T @ np.linalg.solve(own, rows)
         posterior = Posterior(posterior.mean, covariance)
         new = slice(len(known) + len(blind), None)
         if not len(known):
@@ -372,47 +387,35 @@ class Factored(Searcher):
 
     def _p_diverges(self, candidates: NDArray[np.intp]) -> Floats:
         """Share of diverged runs among those nearby in learning rate and size, shrunk to none."""
-        tried = np.array(list(self.records), np.intp)
+        tried = np.fromiter(self.records, np.intp, len(self.records))[-MOST_NEARBY:]
         broke = np.array([self.records[r].diverged for r in tried.tolist()], float)
         if not broke.any():
             return np.zeros(len(candidates))
-        features = self._features()
-        one, other = features.take(candidates), features.take(tried)
+        one, other = self._features(candidates), self._features(tried)
         distance = (one.u[:, None] - other.u[None, :]) ** 2
         distance += (0.5 * (one.log_n[:, None] - other.log_n[None, :])) ** 2
         distance += (one.words[:, None, :] != other.words[None, :, :]).sum(axis=2)
         weight = np.exp(-2 * distance)
         return np.asarray(weight @ broke / (weight.sum(axis=1) + 0.3))
 
-    def _system(self, recipe: int, state: SearchState, rng: np.random.Generator) -> int | None:
-        """The system to try a recipe on."""
+    def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
+        """The system to try a recipe on: the cheapest, chance has no part."""
+        price = self._prices(recipe)
+        return int(np.argmin(price)) if np.isfinite(price).any() else None
+
+    def _prices(self, recipe: int) -> Floats:
+        """Dollars to the first rung, expected failures included (S,); infinite where it can't."""
         allowed = self.menu.allowed(recipe).copy()
-        for trial_id in self.failed:
-            if self.places[trial_id][0] == recipe:
+        for trial_id in self.trials_of[recipe]:
+            if trial_id in self.failed:
                 allowed[self.places[trial_id][1]] = False
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         usd = self.menu.usd_per_hour
-        able = allowed & np.isfinite(costs.log_tokens_per_s)
-        if not able.any():
-            return None
-        if self.parts.system == "random":
-            return int(rng.choice(np.flatnonzero(able)))
-        tokens = self._rungs(recipe)[0]
         start = usd * FIRST_REPORT_SECONDS / 3600
-        price = costs.usd_per_token(usd) * tokens + start
+        price = costs.usd_per_token(usd) * self._rungs(recipe)[0] + start
         price = price + start * costs.p_oom / np.maximum(1 - costs.p_oom, 1e-3)
-        price = np.where(able, np.where(costs.p_oom > 0.5, price * 1e6, price), np.inf)
-        best = int(np.argmin(price))
-        if self.parts.system == "filtered":
-            return int(rng.choice(np.flatnonzero(price <= 1.3 * price[best])))
-        if not self.parts.explore:
-            return best
-        future = FUTURE_SHARE * (self.space.training_budget.usd or 0.0)
-        gain = costs.log_tokens_per_s - np.log(usd)
-        with np.errstate(invalid="ignore"):
-            hope = expected_improvement(gain - gain[best], costs.sd + 1e-9) * (1 - costs.p_oom)
-            value = np.where(np.isfinite(price), hope * future - (price - price[best]), -np.inf)
-        return int(np.argmax(value))
+        price = np.where(costs.p_oom > 0.5, price * 1e6, price)
+        return np.where(allowed & np.isfinite(costs.log_tokens_per_s), price, np.inf)
 
 
 def expected_improvement(gain: Floats, sd: Floats) -> Floats:

@@ -96,6 +96,8 @@ class Released(Event):
     kind: Literal["released"] = "released"
     trial_id: str
     usd: float
+    preempted: bool = False
+    """Whether the market took them back; the trial goes on from its last checkpoint."""
 
 
 class Idle(Event):

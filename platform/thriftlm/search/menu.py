@@ -51,6 +51,7 @@ class Menu:
         self.system_at = {tuple(point.values()): i for i, point in enumerate(self.systems)}
         self.learn_paths = list(self.recipes[0])
         self.system_paths = list(self.systems[0])
+        self.refused = np.zeros_like(self.runs_on)
 
     def locate(self, point: Point) -> tuple[int, int]:
         """Recipe and system of a point of the menu."""
@@ -59,7 +60,8 @@ class Menu:
 
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
-        able = self.runs_on[self.shape_of[recipe]]
+        shape = self.shape_of[recipe]
+        able = self.runs_on[shape] & ~self.refused[shape]
         return np.asarray(able if self.pairs is None else able & self.pairs[recipe])
 
     def point(self, recipe: int, system: int) -> dict[str, Value]:
@@ -72,8 +74,14 @@ class Menu:
         found = self.space.resolve(self.point(recipe, system), self.space.search.seed)
         if isinstance(found, RunSpec):
             return found
-        self.runs_on[self.shape_of[recipe], system] = False
+        self.refused[self.shape_of[recipe], system] = True
         return None
+
+    @cached_property
+    def runs_somewhere(self) -> NDArray[np.bool_]:
+        """Whether there is a system for a recipe, as far as was known at the beginning (R,)."""
+        able = self.runs_on[self.shape_of]
+        return np.asarray((able if self.pairs is None else able & self.pairs).any(axis=1))
 
     @cached_property
     def prior(self) -> Prior:
@@ -104,17 +112,40 @@ class Menu:
             np.column_stack([np.zeros((rows, 0), np.intp), *words]).astype(np.intp),
         )
 
-    def features(self, log_d: Floats, step_law_prior: bool = True) -> Features:
-        """What the surrogate sees of every recipe, given the tokens that the budget buys."""
-        raw, words = self.raw
-        rate = np.log([run.optim.lr for run in self.runs])
-        batch = np.log([float(run.optim.batch_tokens) for run in self.runs])
-        if not step_law_prior:
-            return Features(raw, words, self.log_n, log_d, rate - rate.mean(), batch - batch.mean())
-        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([self.log_n, log_d])).tolist()]
-        u = rate - np.log([law.lr for law in laws])
-        v = batch - np.log([law.batch_tokens for law in laws])
-        return Features(raw, words, self.log_n, log_d, u, v)
+    @cached_property
+    def log_rate(self) -> Floats:
+        """Log of the learning rate (R,)."""
+        return np.log([run.optim.lr for run in self.runs])
+
+    @cached_property
+    def log_batch(self) -> Floats:
+        """Log of tokens in a batch (R,)."""
+        return np.log([float(run.optim.batch_tokens) for run in self.runs])
+
+    def features(self, recipes: NDArray[np.intp], log_d: Floats, log_early: float) -> Features:
+        """What the surrogate sees of some recipes.
+
+        `log_d`: of the tokens that the budget buys each; `log_early`: of those in which runs begin.
+        """
+        numbers, words = self.raw
+        log_n = self.log_n[recipes]
+        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([log_n, log_d])).tolist()]
+        u = self.log_rate[recipes] - np.log([law.lr for law in laws])
+        v = self.log_batch[recipes] - np.log([law.batch_tokens for law in laws])
+        early = np.full(len(recipes), log_early)
+        return Features(numbers[recipes], words[recipes], log_n, log_d, early, u, v)
+
+    def most_of_recipes(self, of_shapes: Floats) -> Floats:
+        """Per recipe the most that its shape has on the systems it may be tried on (R,)."""
+        if self.pairs is None or not self.is_partial:
+            return np.asarray(of_shapes.max(axis=1)[self.shape_of])
+        least = of_shapes.min()
+        return np.asarray(np.where(self.pairs, of_shapes[self.shape_of], least).max(axis=1))
+
+    @cached_property
+    def is_partial(self) -> bool:
+        """Whether recipes of one shape are recorded on different systems."""
+        return self.pairs is not None and bool((self.pairs != self.runs_on[self.shape_of]).any())
 
 
 def _scaled(column: Floats) -> Floats:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Runs:
     usd_per_hour: Floats
     status: list[str]
     """How each run ended."""
+    says_market: bool = False
+    """Whether the table says which market its prices are of."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,9 +60,23 @@ class Runs:
 
     def speed(self, run: int) -> float:
         """Median tokens per second of all its GPUs; NaN where it never ran."""
-        rates = self.tokens_per_s[self.reports(run)]
-        known = rates[np.isfinite(rates) & (rates > 0)]
-        return float(np.median(known)) if len(known) else float("nan")
+        return float(self._speeds[run])
+
+    @cached_property
+    def _speeds(self) -> Floats:
+        found = np.full(len(self), np.nan)
+        for run in range(len(self)):
+            rates = self.tokens_per_s[self.reports(run)]
+            known = rates[np.isfinite(rates) & (rates > 0)]
+            if len(known):
+                found[run] = np.median(known)
+        return found
+
+    def next_report(self, run: int, tokens: float) -> int:
+        """Where the first report of a run after so many tokens is; its last where there is none."""
+        where = self.reports(run)
+        done = int(np.searchsorted(self.tokens[where], tokens, side="right")) if tokens else 0
+        return min(int(self.first[run]) + done, int(self.first[run + 1]) - 1)
 
     def price(self, run: int) -> float:
         """USD per hour of everything billed."""
@@ -147,6 +164,7 @@ def _runs(
         tokens_per_s=_numbers(table, "tokens_per_s", path)[rows],
         usd_per_hour=prices,
         status=[str(words[code]) for code in status[last]],
+        says_market="system.market" in table.column_names,
     )
 
 

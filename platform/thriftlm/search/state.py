@@ -59,6 +59,7 @@ class TrialState:
     run: RunSpec
     curve: list[Progress] = field(default_factory=list)
     reported_at: list[float] = field(default_factory=list)  # within the last allocation
+    longest_interval: float | None = None  # seconds between two of those reports
     allocations: list[Allocation] = field(default_factory=list)
     gang: str | None = None
     stop_reason: str | None = None
@@ -124,6 +125,13 @@ class SearchState:
         self.hours_before = 0.0
         self.session_since = 0.0
         self.last_at = 0.0
+        self.longest_start = 0.0
+        """Seconds from allocation to first report, the longest of all trials."""
+        # What every decision asks for is kept rather than counted again over thousands of trials.
+        self._running: dict[str, TrialState] = {}
+        self._waiting: dict[str, TrialState] = {}
+        self._paused: dict[str, TrialState] = {}
+        self._released_usd = 0.0
         for event in events:
             self.apply(event)
 
@@ -135,7 +143,8 @@ class SearchState:
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far, and of gangs while they had no trial."""
-        return sum(trial.usd(now) for trial in self.trials.values()) + self.idle_usd(now)
+        held = sum(trial.allocations[-1].usd(now) for trial in self._running.values())
+        return self._released_usd + held + self.idle_usd(now)
 
     def idle_usd(self, now: float) -> float:
         """Dollars that gangs cost while they waited."""
@@ -147,13 +156,31 @@ class SearchState:
 
     @property
     def running(self) -> list[TrialState]:
-        """Trials that hold resources."""
-        return [trial for trial in self.trials.values() if trial.is_running]
+        """Trials that hold resources, oldest first."""
+        return _by_number(self._running)
 
     @property
     def waiting(self) -> list[TrialState]:
-        """Trials that were proposed, or interrupted, and hold nothing; oldest first."""
-        return [t for t in self.trials.values() if not t.has_ended and not t.is_running]
+        """Trials to start as soon as they can, proposed or cut short; oldest first."""
+        return _by_number(self._waiting)
+
+    @property
+    def paused(self) -> list[TrialState]:
+        """Trials that were stopped to go on later, or never; first those that were first."""
+        return list(self._paused.values())
+
+    def _place(self, trial: TrialState) -> None:
+        """Enter a trial where it stands now."""
+        where = None
+        if trial.is_running:
+            where = self._running
+        elif not trial.has_ended:
+            where = self._paused if trial.is_paused else self._waiting
+        for held in (self._running, self._waiting, self._paused):
+            if held is where:
+                held[trial.trial_id] = trial
+            else:
+                held.pop(trial.trial_id, None)
 
     @singledispatchmethod
     def _apply(self, event: Event) -> None:
@@ -168,21 +195,21 @@ class SearchState:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
         for trial in self.waiting:
-            if not trial.is_paused:
-                trial.stop_reason = None
+            trial.stop_reason = None
 
     @_apply.register
     def _(self, event: Suggested) -> None:
-        self.trials[event.trial_id] = TrialState(
-            event.trial_id, event.number, event.point, event.run
-        )
+        trial = TrialState(event.trial_id, event.number, event.point, event.run)
+        self.trials[event.trial_id] = trial
+        self._place(trial)
 
     @_apply.register
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
-        trial.reported_at, trial.gang = [], event.gang
+        trial.reported_at, trial.longest_interval, trial.gang = [], None, event.gang
         trial.stop_reason = None
+        self._place(trial)
         if event.gang is not None:
             self.gangs += event.gang not in self.idle
             self._end_idle(event.gang, event.at)
@@ -209,6 +236,12 @@ class SearchState:
         while trial.curve and trial.curve[-1].tokens >= tokens:
             trial.curve.pop()
         trial.curve.append(event.progress)
+        if trial.reported_at:
+            took = event.at - trial.reported_at[-1]
+            trial.longest_interval = max(trial.longest_interval or took, took)
+        else:
+            took = event.at - trial.allocations[-1].since
+            self.longest_start = max(self.longest_start, took)
         trial.reported_at.append(event.at)
         trial.checkpoint = event.checkpoint or trial.checkpoint
 
@@ -218,14 +251,22 @@ class SearchState:
 
     @_apply.register
     def _(self, event: Released) -> None:
-        self.trials[event.trial_id].allocations[-1].until = event.at
+        trial = self.trials[event.trial_id]
+        trial.allocations[-1].until = event.at
+        self._released_usd += trial.allocations[-1].usd(event.at)
+        self._place(trial)
 
     @_apply.register
     def _(self, event: Ended) -> None:
         trial = self.trials[event.trial_id]
         trial.status, trial.reason = event.status, event.reason
         trial.checkpoint = event.checkpoint or trial.checkpoint
+        self._place(trial)
 
     @_apply.register
     def _(self, event: SearchEnded) -> None:
         self.ended = event
+
+
+def _by_number(trials: dict[str, TrialState]) -> list[TrialState]:
+    return sorted(trials.values(), key=lambda trial: trial.number)

@@ -1,9 +1,9 @@
 """What every system of a space would cost a token, calibrated by what trials measured.
 
-The estimate of `thriftlm plan` is the prior. Measured throughput moves its constants
-(`planning.calibration`), and what they cannot explain is learned per card, strategy, gang size,
-micro batch and kernel, each with a prior width. A verdict on memory, either way, moves the
-correction of the memory estimate, since nobody knows beforehand how far an allocator fragments.
+The estimate of `thriftlm plan` is the prior. What measured throughput differs by is learned per
+card, strategy, gang size, micro batch and kernel, each with a prior width; fitting the constants
+of the estimate as well earned nothing in simulated worlds. A verdict on memory, either way, moves
+the correction of the memory estimate, since nobody knows beforehand how far an allocator fragments.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from thriftlm.planning.calibration import PROBE_SPREAD, fit_constants, tokens_per_s
+from thriftlm.planning.calibration import tokens_per_s
 from thriftlm.planning.cases import Case, from_cases
-from thriftlm.planning.constants import Constants, shipped
+from thriftlm.planning.constants import shipped
 from thriftlm.planning.machine import Machine
 from thriftlm.planning.memory import memory
-from thriftlm.planning.systems import Systems
 from thriftlm.spec import SystemSpec
 
 Floats = NDArray[np.float64]
@@ -40,8 +39,6 @@ OWN_SD, NOISE_SD = 0.04, 0.03
 MEMORY_MEAN, MEMORY_SD, MEMORY_WIDTH = 0.05, 0.15, 0.03
 """Log of true over estimated memory, and how blurred the cliff is."""
 UNKNOWN_SD = 10.0
-GROWTH = 1.3
-"""Constants are fitted again whenever there are this many times the facts."""
 
 
 class Fact(NamedTuple):
@@ -97,9 +94,7 @@ class SystemModel:
     def _begin(self) -> None:
         self.measured: dict[Fact, float] = {}
         self.verdicts: dict[Fact, bool] = {}
-        self.constants = shipped().constants
         self.log_speed = self.prior.log_speed
-        self.fitted = 0
         self._settle()
 
     def observe(self, fact: Fact, tokens_per_s_total: float | None, oom: bool) -> bool:
@@ -111,11 +106,13 @@ class SystemModel:
             self.measured[fact] = float(np.log(tokens_per_s_total))
         if not news:
             return False
-        if len(self.measured) >= GROWTH * self.fitted and len(self.measured) > self.fitted:
-            self.fitted = len(self.measured)
-            self._fit_constants()
         self._settle()
         return True
+
+    @property
+    def knows_speed(self) -> bool:
+        """Whether anything is known of throughput here, measured or estimated."""
+        return self.prior.is_known or bool(self.measured)
 
     def all_costs(self) -> Costs:
         """Of every shape (K, S), by what is known."""
@@ -138,14 +135,6 @@ class SystemModel:
             if fact.shape == shape:
                 p_oom[fact.system] = float(oom)
         return Costs(log_speed, sd, p_oom)
-
-    def _fit_constants(self) -> None:
-        facts = list(self.measured)
-        rows = [self.prior.row(fact) for fact in facts]
-        systems = self.prior.rows.take(np.array(rows))
-        speeds = np.exp([self.measured[fact] for fact in facts]) / systems.n_gpus
-        self.constants, _ = fit_constants(systems, speeds, shipped().constants, PROBE_SPREAD)
-        self.log_speed = self.prior.speeds(self.constants)
 
     def _settle(self) -> None:
         self._learn_shift()
@@ -185,10 +174,6 @@ EDGES = np.linspace(-1.5, 1.5, 301)
 class Prior:
     """What the shipped estimate says of every shape on every system."""
 
-    rows: Systems
-    n_systems: int
-    at: NDArray[np.intp]
-    """Row of each pair (shapes, systems); -1 where the system cannot run the shape."""
     log_speed: Floats
     """Of all GPUs together (shapes, systems); -inf where it cannot run."""
     log_fill: Floats
@@ -196,6 +181,9 @@ class Prior:
     design: Floats
     """Indicators of the fields of each system (systems, F)."""
     variance: Floats
+    """Of what the fields contribute (F,)."""
+    is_known: bool
+    """Whether there is an estimate at all: not on a machine that nobody has measured."""
 
     @classmethod
     def of(
@@ -215,23 +203,14 @@ class Prior:
         with np.errstate(invalid="ignore", divide="ignore"):
             fill[tuple(pairs.T)] = np.log(memory(rows).needed / rows.memory_bytes)
         design, variance = _design(systems)
-        empty = np.zeros(runs_on.shape)
-        self = cls(rows, len(systems), at, empty, fill, design, variance)
-        object.__setattr__(self, "log_speed", self.speeds(shipped().constants))
-        if not np.isfinite(tokens_per_s(rows, shipped().constants)).any():
-            variance[0] = UNKNOWN_SD**2  # a machine that nobody has measured
-        return self
-
-    def row(self, fact: Fact) -> int:
-        """Where a pair stands among the rows."""
-        return int(self.at[fact.shape, fact.system])
-
-    def speeds(self, constants: Constants) -> Floats:
-        """Log of tokens per second of all GPUs (shapes, systems)."""
-        known = np.log(tokens_per_s(self.rows, constants) * self.rows.n_gpus)
-        usual = np.median(known[np.isfinite(known)]) if np.isfinite(known).any() else 0.0
-        known = np.where(np.isfinite(known), known, usual)
-        return np.where(self.at >= 0, known[self.at], -np.inf)
+        speed = tokens_per_s(rows, shipped().constants) * rows.n_gpus
+        is_known = bool(np.isfinite(speed).any())
+        if not is_known:
+            variance[0] = UNKNOWN_SD**2
+        usual = float(np.median(speed[np.isfinite(speed)])) if is_known else 1.0
+        by_row = np.log(np.where(np.isfinite(speed), speed, usual))
+        log_speed = np.where(at >= 0, by_row[at], -np.inf)
+        return cls(log_speed, fill, design, variance, is_known)
 
 
 def _design(systems: Sequence[SystemSpec]) -> tuple[Floats, Floats]:

@@ -1,0 +1,116 @@
+"""The factored search on plain spaces, whose systems nobody has measured."""
+
+import numpy as np
+import pytest
+
+from thriftlm.search.curve_model import EARLIEST
+from thriftlm.search.factored import CONFIRMED, Factored
+from thriftlm.search.journal import Allocated, Suggested
+from thriftlm.search.space import load_space
+from thriftlm.search.state import PAUSED, SearchState
+
+QUICKSTART = (
+    "search.algorithm=factored",
+    "search.scheduler=auto",
+    "search_budget.usd=0.05",
+    "search_budget.trials=8",
+)
+
+
+@pytest.fixture
+def searched(lab):
+    """A finished search, by what the space file is changed in."""
+    return lambda *sets: lab.searched(load_space("quickstart", (*QUICKSTART, *sets)))
+
+
+def decisions(events):
+    """What the searcher decided, with how many events before it."""
+    begun = set()
+    for place, event in enumerate(events):
+        if isinstance(event, Suggested):
+            yield place, event.trial_id, "propose"
+        elif isinstance(event, Allocated):
+            if event.trial_id in begun:
+                yield place, event.trial_id, "resume"
+            begun.add(event.trial_id)
+
+
+def test_an_unmeasured_machine_is_searched_to_the_end(searched):
+    desk = searched()
+    trials = desk.state.trials.values()
+    assert len(trials) == 8
+    assert desk.state.ended.status == "finished"
+    assert any(len(trial.allocations) > 1 for trial in trials)  # went on from a rung
+    assert any((trial.stop_reason or "").startswith(PAUSED) for trial in trials)  # or never
+    searcher = desk.algorithm
+    for trial in trials:  # the first rung is known before anything was measured
+        assert 8192 <= trial.curve[0].tokens <= searcher.targets[trial.trial_id]
+    winner = desk.state.trials[desk.leader()]
+    recipe, _ = searcher.places[winner.trial_id]
+    most = desk.space.search.fidelity.max_tokens
+    needed = min(CONFIRMED * searcher.tokens_at_budget[recipe], 0.95 * most)
+    assert winner.tokens >= needed
+
+
+def test_measured_speed_replaces_no_estimate(searched):
+    searcher = searched().algorithm
+    assert not searcher.systems.prior.is_known
+    assert searcher.systems.knows_speed
+    speed = np.exp(searcher.systems.all_costs().log_tokens_per_s[searcher.menu.runs_on])
+    assert 300 < np.median(speed) < 6000  # one or two workers of 1,000 tokens per second
+
+
+def test_same_decisions_after_a_replay_cut_anywhere(searched):
+    desk = searched()
+    events = desk.journal.events
+    seen = []
+    for place, trial_id, kind in decisions(events):
+        state, again = SearchState(events[:place]), Factored(desk.space)
+        for event in events[:place]:
+            again.observe(event)
+        is_last = len(state.trials) >= desk.budget.trials
+        if kind == "resume":
+            assert again.resume(state, is_last) == trial_id
+        else:
+            assert again.resume(state, is_last) is None
+            assert next(again.propose(state)).run.trial_id == trial_id
+        seen.append(kind)
+    assert set(seen) == {"propose", "resume"}
+
+
+def test_a_trial_pauses_at_its_target(searched):
+    desk = searched()
+    searcher = Factored(desk.space)
+    paused = 0
+    for event in desk.journal.events:
+        searcher.observe(event)
+        if event.kind == "stop_requested" and event.reason.startswith(PAUSED):
+            paused += 1
+            before = [
+                e for e in desk.journal.events if getattr(e, "trial_id", "") == event.trial_id
+            ]
+            reports = [
+                e.progress.tokens for e in before[: before.index(event)] if e.kind == "reported"
+            ]
+            assert reports[-1] >= searcher.targets[event.trial_id]
+            assert len(reports) == 1 or reports[-2] < searcher.targets[event.trial_id]
+    assert paused
+
+
+def test_rungs_lie_between_tokens_and_dollars_and_within_the_search_budget():
+    rich = load_space("quickstart", (*QUICKSTART, "search_budget.usd=10"))
+    poor = load_space("quickstart", (*QUICKSTART, "search_budget.usd=0.001"))
+    fidelity = rich.search.fidelity
+    end = fidelity.max_tokens / 4
+    by_dollars = end * fidelity.min_tokens / fidelity.max_tokens
+    assert by_dollars < Factored(rich)._first_rung(end) < fidelity.min_tokens
+    assert Factored(poor)._first_rung(end) == pytest.approx(end * 0.001 / 0.003 / 9)
+
+
+def test_runs_begin_alike_in_tokens(searched):
+    searcher = searched().algorithm
+    features = searcher._features(np.arange(3))
+    assert len(set(features.log_early.tolist())) == 1
+    assert np.exp(features.log_early[0]) * EARLIEST <= searcher.space.search.fidelity.max_tokens * (
+        1 + 1e-9
+    )

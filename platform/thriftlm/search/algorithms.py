@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from thriftlm.search.domains import contains
 from thriftlm.search.journal import Event
 from thriftlm.search.objective import rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
@@ -135,12 +136,19 @@ def _new(
         yield Proposal(point, run)
 
 
+def _is_inside(space: Space, trial: TrialState) -> bool:
+    domains = space.domains.items()
+    return all(contains(domain, trial.point[path]) for path, domain in domains)
+
+
 def _history(
     space: Space, state: SearchState, distributions: dict[str, Any]
 ) -> list[optuna.trial.FrozenTrial]:
     scores = score_trials(space, state, state.trials.values(), samples=FEW_SAMPLES)
     history = []
     for trial in state.trials.values():
+        if trial.number < len(space.starts) and not _is_inside(space, trial):
+            continue  # the user's own configuration, with values that the space does not have
         score = scores.get(trial.trial_id)
         values = None
         if score is not None:
@@ -151,7 +159,7 @@ def _history(
             continue
         history.append(
             optuna.trial.create_trial(
-                params=trial.point,
+                params={path: trial.point[path] for path in distributions},
                 distributions=distributions,
                 values=values,
                 state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,

@@ -82,6 +82,12 @@ class Desk:
         limits = space.search_budget
         self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
         self.algorithm = searcher(space)
+        found = [(start, space.resolve(start.point, space.search.seed)) for start in space.starts]
+        self.starts = [
+            algorithms.Proposal(start.point, run)
+            for start, run in found
+            if isinstance(run, RunSpec) and capacity.can_ever_hold(run.system)
+        ]
         for event in journal.events:
             self.algorithm.observe(event)
         self.interrupted = False
@@ -200,6 +206,9 @@ class Desk:
             return Wait()
         number = len(self.state.trials)
         is_last = self.budget.trials is not None and number >= self.budget.trials
+        left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
+        if not is_last and (start := next(left, None)) is not None:
+            return self._propose(start, number)
         paused = self.algorithm.resume(self.state, is_last)
         if paused is not None:
             return self.state.trials[paused]
@@ -209,19 +218,22 @@ class Desk:
             return Wait() if may_go_on else Finished(why)
         for proposal in self.algorithm.propose(self.state):
             if self.capacity.can_ever_hold(proposal.run.system):
-                run = proposal.run
-                event = Suggested(
-                    at=self.clock(),
-                    trial_id=run.trial_id,
-                    number=number,
-                    point=dict(proposal.point),
-                    run=run,
-                )
-                self._write(event)
-                return self.state.trials[run.trial_id]
+                return self._propose(proposal, number)
         return (
             Wait() if may_go_on else Finished("every point of the space that fits has been tried")
         )
+
+    def _propose(self, proposal: algorithms.Proposal, number: int) -> TrialState:
+        run = proposal.run
+        event = Suggested(
+            at=self.clock(),
+            trial_id=run.trial_id,
+            number=number,
+            point=dict(proposal.point),
+            run=run,
+        )
+        self._write(event)
+        return self.state.trials[run.trial_id]
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

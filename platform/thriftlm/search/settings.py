@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
 from thriftlm.spec import ModelSpec, Spec
@@ -159,7 +159,7 @@ class SearchSettings(Spec):
     max_concurrent: PositiveInt | None = None
     """Trials at a time; as many as fit when not given."""
     repeats: PositiveInt = 1
-    """Seeds per point."""
+    """Seeds that winner and runner-up are trained with, the search's own among them."""
     fidelity: Fidelity
     """Tokens of a trial."""
 
@@ -171,15 +171,6 @@ class SearchSettings(Spec):
                 f"{' or '.join(SCHEDULERS[self.algorithm])}, got {self.scheduler}"
             )
         return self
-
-    @field_validator("repeats")
-    @classmethod
-    def _repeats(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                f"repeats is {value}: several seeds per point are not built yet; use 1"
-            )
-        return value
 
     @property
     def resolved_scheduler(self) -> Literal["none", "asha"]:
@@ -252,6 +243,25 @@ class Sections(Spec):
     """Fields of `SystemSpec`."""
 
 
+class StartEntry(Spec):
+    """A configuration to begin with: fields by section, `{model: {n_layers: 12}}`."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ModelSpec`."""
+    optim: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `OptimSpec`."""
+    system: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `SystemSpec`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `DataSpec`, of the values that the space has."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.model or self.optim or self.system or self.data):
+            raise ValueError("an entry gives at least one field: {model: {n_layers: 12}}")
+        return self
+
+
 class SpaceFile(Spec):
     """A space file as a whole."""
 
@@ -267,16 +277,9 @@ class SpaceFile(Spec):
     """What drives the search."""
     search: SearchSettings
     """How it is searched."""
-    start_from: list[Any] = Field(default_factory=list)
-    """Points evaluated first."""
+    start_from: list[StartEntry] = Field(default_factory=list)
+    """The user's own configurations, evaluated first."""
     space: Sections
     """What may vary."""
     constraints: Constraints = Constraints()
     """Which points are left out."""
-
-    @field_validator("start_from")
-    @classmethod
-    def _start_from(cls, value: list[Any]) -> list[Any]:
-        if value:
-            raise ValueError("start_from is not built yet; leave it out")
-        return value

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from thriftlm.review.session import Sitting
+from thriftlm.review.sureness import sentences
 from thriftlm.review.tables import Column, fitted
 from thriftlm.review.wording import (
     describe,
@@ -56,6 +57,8 @@ def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
         console.print("\nno trial gave a loss that can be scored")
     else:
         show_best(result.best, sitting.space, console)
+        for sentence in sentences(result):
+            console.print(f"  - {sentence}", soft_wrap=True, markup=False)
     show_trials(result, console)
     console.print()
     for label, command in next_commands(result, sitting):

@@ -14,7 +14,7 @@ import optuna
 
 from thriftlm.search.domains import contains
 from thriftlm.search.journal import Event
-from thriftlm.search.objective import rank
+from thriftlm.search.objective import Predicted, rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
@@ -74,6 +74,8 @@ class Searcher:
 
     pauses = False
     """Whether stopped trials may go on."""
+    predicts = False
+    """Whether `predicted` has an answer."""
 
     def __init__(self, space: Space, algorithm: Algorithm) -> None:
         self.space, self.algorithm = space, algorithm
@@ -96,7 +98,11 @@ class Searcher:
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now."""
         scores = score_trials(self.space, state, state.trials.values(), samples=FEW_SAMPLES)
-        return next(iter(rank(scores)), None)
+        return next((t for t in rank(scores) if state.trials[t].repeat_of is None), None)
+
+    def predicted(self) -> Mapping[str, Predicted]:
+        """Its own predictions of the loss at budget by `configuration_of`, drawn jointly."""
+        return {}
 
 
 def started(space: Space) -> Searcher:

@@ -33,6 +33,8 @@ class Budget:
     trials: int | None = None
     first_report: FirstReport | None = None
     """Who knows it better than `expected_first_report`."""
+    kept: float = 0.0
+    """Share of dollars and hours that is kept for the repeats of winner and runner-up."""
 
     def refusal(
         self, state: SearchState, now: float, *, usd_per_hour: float, run: RunSpec | None = None
@@ -59,14 +61,20 @@ class Budget:
             trial.allocations[-1].usd_per_hour * self.reserve_seconds(state, trial, now) / 3600
             for trial in state.running
         )
-        if state.spent_usd(now) + reserved + more_usd <= self.usd:
+        if state.spent_usd(now) + reserved + more_usd <= self.usd * (1 - self.kept):
             return None
-        return f"search budget of {self.usd:g} USD"
+        return f"search budget of {self.usd:g} USD{self._but}"
 
     def _hours_passed(self, state: SearchState, now: float, seconds: float) -> str | None:
-        if self.hours is None or state.hours(now) + seconds / 3600 <= self.hours:
+        if self.hours is None:
             return None
-        return f"search budget of {self.hours:g} hours"
+        if state.hours(now) + seconds / 3600 <= self.hours * (1 - self.kept):
+            return None
+        return f"search budget of {self.hours:g} hours{self._but}"
+
+    @property
+    def _but(self) -> str:
+        return f" but {self.kept:.0%} for repeats" if self.kept else ""
 
     def reserve_seconds(self, state: SearchState, trial: TrialState, now: float) -> float:
         """Seconds from now until a running trial has ended when it is stopped as late as can be."""

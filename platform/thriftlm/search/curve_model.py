@@ -14,7 +14,7 @@ of Swersky et al., arXiv 1406.3896, with the law as its mean).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,22 @@ class Points:
     log_loss: Floats
 
 
+@dataclass
+class Record:
+    """What is known of one recipe."""
+
+    tokens: list[float]
+    loss: list[float]
+    diverged: bool = False
+    others: dict[str, dict[float, float]] = field(default_factory=dict)
+    """Losses by tokens of each repeat with another seed."""
+
+    def mean(self, tokens: float, loss: float) -> float:
+        """A loss with those that other seeds have at the same tokens."""
+        seeds = [loss, *(other[tokens] for other in self.others.values() if tokens in other)]
+        return sum(seeds) / len(seeds)
+
+
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """Scores of recipes (R,): log loss at the training budget, and how they vary together."""
@@ -88,6 +104,11 @@ class Posterior:
         own = np.diag(self.covariance)
         variance = own + own[other] - 2 * self.covariance[:, other]
         return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
+
+    def draws(self, count: int, seed: int) -> Floats:
+        """Scores drawn together (count, R)."""
+        rng = np.random.default_rng(seed)
+        return rng.multivariate_normal(self.mean, self.covariance, count, method="eigh")
 
     def sd_within(self, group: NDArray[np.intp]) -> Floats:
         """Of the scores of a group against the group's mean: what all share decides nothing."""

@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from thriftlm.planning.law import Curve
+from thriftlm.planning.scaling_laws import effective_tokens
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
-from thriftlm.search.journal import Allocated, Ended, Event, Reported, Suggested
+from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior, Record
+from thriftlm.search.journal import Allocated, Ended, Event, Reported, SearchStarted, Suggested
 from thriftlm.search.menu import Menu, menu_of
-from thriftlm.search.objective import PESSIMISM_SDS
+from thriftlm.search.objective import PESSIMISM_SDS, Predicted, loss_of
+from thriftlm.search.repeats import kept_share
+from thriftlm.search.scoring import configuration_of, loss_unit
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
@@ -48,6 +51,8 @@ RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
 FUTURE_SHARE = 0.25
 """Of the training budget: dollars that a cheaper system would save on, when a probe is weighed."""
+LEARNED, DRAWS = 3, 256
+"""Rounds in which scales are learned for an answer, and its draws of all scores."""
 PROPOSED = 20
 """Recipes resolved per proposal until one of them is a run."""
 
@@ -74,19 +79,10 @@ class Parts:
     """`best`, `random`, `filtered` (at random within 1.3 of the best), or `fixed` (by a grid)."""
 
 
-@dataclass
-class Record:
-    """What is known of one recipe."""
-
-    tokens: list[float]
-    loss: list[float]
-    diverged: bool = False
-
-
 class Factored(Searcher):
     """The searcher of `algorithm: factored`."""
 
-    pauses = True
+    pauses = predicts = True
 
     def __init__(self, space: Space, parts: Parts = Parts()) -> None:
         self.space, self.parts = space, parts
@@ -97,6 +93,9 @@ class Factored(Searcher):
         self.records: dict[int, Record] = {}
         self.targets: dict[str, float] = {}
         self.failed: set[str] = set()
+        self.repeats: set[str] = set()
+        self.unique_tokens: float | None = None
+        self.unit = loss_unit(space)
         self.learned_from = 0
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
         self._budget_tokens()
@@ -106,8 +105,12 @@ class Factored(Searcher):
     def observe(self, event: Event) -> None:
         """Take an event of the journal into account."""
         match event:
+            case SearchStarted(unique_tokens=unique_tokens):
+                self.unique_tokens = min(unique_tokens.values(), default=None)
             case Suggested(trial_id=trial_id, point=point):
                 self.places[trial_id] = self.menu.locate(point)
+                if event.repeat_of is not None:
+                    self.repeats.add(trial_id)
             case Allocated(trial_id=trial_id):
                 self.targets[trial_id] = self._next_rung(trial_id)
             case Reported(trial_id=trial_id, progress=progress):
@@ -132,13 +135,17 @@ class Factored(Searcher):
             self.failed.add(trial_id)
             return
         record = self.records.setdefault(recipe, Record([], []))
-        if progress.status == "diverged":
+        loss = loss_of(progress, self.unit)
+        if trial_id in self.repeats:
+            if loss is not None and progress.status != "diverged":
+                record.others.setdefault(trial_id, {})[float(progress.tokens)] = loss
+        elif progress.status == "diverged":
             record.diverged = True
-        elif progress.val_loss is not None and progress.tokens > 0 and not progress.warming_up:
+        elif loss is not None and progress.tokens > 0 and not progress.warming_up:
             while record.tokens and record.tokens[-1] >= progress.tokens:
                 record.tokens.pop(), record.loss.pop()
             record.tokens.append(float(progress.tokens))
-            record.loss.append(progress.val_loss)
+            record.loss.append(loss)
 
     def _budget_tokens(self) -> None:
         """D_B of every recipe, on the system that is believed to be its best."""
@@ -208,8 +215,8 @@ class Factored(Searcher):
         missing = CONFIRMED * self.tokens_at_budget[recipe] - self._tokens(recipe)
         if missing <= 0:
             return None
-        total = self.space.search_budget.usd
-        left = np.inf if total is None else total - state.spent_usd(state.last_at)
+        total, kept = self.space.search_budget.usd, kept_share(self.space.search.repeats)
+        left = np.inf if total is None else total * (1 - kept) - state.spent_usd(state.last_at)
         price = missing * self._usd_per_token(*self.places[leader])
         return leader if is_last or left < RESERVE * price else None
 
@@ -262,7 +269,14 @@ class Factored(Searcher):
         return self.posterior
 
     def _features(self) -> Features:
-        return self.menu.features(np.log(self.tokens_at_budget), self.parts.step_law)
+        fresh = self._fresh(self.tokens_at_budget)
+        return self.menu.features(np.log(fresh), self.parts.step_law)
+
+    def _fresh(self, tokens: Floats) -> Floats:
+        """Tokens of a corpus without end that are worth as much as these of ours."""
+        if self.unique_tokens is None:
+            return tokens
+        return np.array([effective_tokens(n, self.unique_tokens) for n in tokens.tolist()])
 
     def _data(self) -> tuple[NDArray[np.intp], Points]:
         """The recipes that count, and their points by place; learns when there is more."""
@@ -292,16 +306,17 @@ class Factored(Searcher):
             taken = 0
             for tokens, loss in zip(reversed(record.tokens), reversed(record.loss), strict=True):
                 if tokens <= last / 2 and taken < MOST_POINTS:
-                    rows.append((place, np.log(tokens), np.log(loss)))
+                    rows.append((place, tokens, np.log(record.mean(tokens, loss))))
                     last, taken = tokens, taken + 1
         columns = np.array(rows).reshape(-1, 3).T
-        return Points(columns[0].astype(np.intp), columns[1], columns[2])
+        return Points(columns[0].astype(np.intp), np.log(self._fresh(columns[1])), columns[2])
 
     def _curve(self, recipe: int) -> Curve:
         record = self.records[recipe]
         yes = np.ones(len(record.tokens), bool)
         n = float(np.exp(self.menu.log_n[recipe]))
-        return Curve(str(recipe), n, np.array(record.tokens), np.array(record.loss), yes, ~yes)
+        tokens = self._fresh(np.array(record.tokens))
+        return Curve(str(recipe), n, tokens, np.array(record.loss), yes, ~yes)
 
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now: the lowest pessimistic score."""
@@ -313,9 +328,28 @@ class Factored(Searcher):
         best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
         by_recipe = defaultdict(list)
         for trial_id, (recipe, _) in self.places.items():
-            if trial_id in state.trials and trial_id not in self.failed:
+            if trial_id in state.trials and trial_id not in self.failed | self.repeats:
                 by_recipe[recipe].append(trial_id)
         return max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
+
+    def predicted(self) -> dict[str, Predicted]:
+        """Loss at budget of every recipe that was measured, by `configuration_of`."""
+        if not len(self._usable()):
+            return {}
+        for _ in range(LEARNED):
+            self.learned_from = 0
+            known, points = self._data()
+        rest = [r for r in self._usable().tolist() if r not in set(known.tolist())]
+        recipes = np.array([*known.tolist(), *rest])
+        posterior = self.curves.posterior(self._features().take(recipes), points)
+        spread = posterior.sd_within(np.arange(len(recipes)))
+        drawn = np.exp(posterior.draws(DRAWS, self.space.search.seed))
+        tokens, loss = self._fresh(self.tokens_at_budget)[recipes], np.exp(posterior.mean)
+        rows = zip(recipes.tolist(), tokens.tolist(), loss.tolist(), spread.tolist(), strict=True)
+        return {
+            configuration_of(self.menu.runs[r]): Predicted(d, mean, sd, drawn[:, i])
+            for i, (r, d, mean, sd) in enumerate(rows)
+        }
 
     # --- what is next -----------------------------------------------------------------------------
 

@@ -273,7 +273,8 @@ class RecordedSpace(Space):
     def searched_by(self, algorithm: str, seed: int) -> "RecordedSpace":
         """The same space with another algorithm and seed; what was resolved is shared.
 
-        A scheduler that does not go with the algorithm gives way to the one that does.
+        A scheduler that does not go with the algorithm gives way to the one that does. Nothing is
+        repeated: the table has one run of each point.
 
         Raises:
             InputError: unknown algorithm.
@@ -282,7 +283,7 @@ class RecordedSpace(Space):
             known = ", ".join(SCHEDULERS)
             raise InputError(f"--algorithm must be one of {known}, got {algorithm}")
         other = copy(self)
-        given = self.search.model_dump() | {"algorithm": algorithm, "seed": seed}
+        given = self.search.model_dump() | {"algorithm": algorithm, "seed": seed, "repeats": 1}
         if self.search.scheduler not in SCHEDULERS[algorithm]:
             given["scheduler"] = "auto"
         other.search = type(self.search).model_validate(given)

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from thriftlm.search.objective import Score, rank
-from thriftlm.search.scoring import score_trials
+from thriftlm.search.confidence import Confidence, Judge, StartComparison
+from thriftlm.search.hypervolume import over_time
+from thriftlm.search.next_dollars import NextDollars, next_dollars
+from thriftlm.search.objective import Score
 from thriftlm.search.space import Space
+from thriftlm.search.standing import standing
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, Spec
 
@@ -31,6 +34,10 @@ class TrialRow(Spec):
     """Last validation loss in nats per token, measured."""
     loss_at_budget: float | None
     """Predicted loss at the training budget."""
+    p_best: float | None
+    """Probability that it is the best of those tried; None where it was not compared."""
+    repeat_of: str | None
+    """The trial that it trains again with another seed."""
     tokens_per_s: float | None
     """Tokens per second over all GPUs, measured."""
     usd: float
@@ -72,8 +79,17 @@ class SearchResult(Spec):
     """Wall-clock hours."""
     best: Best | None
     """None when no trial gave a score."""
+    confidence: Confidence | None = None
+    """How sure it is; None when no trial gave a score."""
+    next: NextDollars | None = None
+    """What the next dollars should buy; None where nothing promises a gain."""
+    start_from: list[StartComparison] = []
+    """The winner against the user's own configurations, in the order of the file."""
     pareto: list[str]
     """Trials that no other beats in both loss at budget and dollars per token."""
+    hypervolume: list[tuple[float, float]] | None = None
+    """For the objective `pareto`: dollars spent and area that the trials so far dominate, at the
+    end of each trial; see `search.hypervolume`."""
     trials: list[TrialRow]
     """All trials, best first, then those without a score."""
 
@@ -81,9 +97,10 @@ class SearchResult(Spec):
 def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
     """The answer as far as the journal tells it, with the scores behind it."""
     now = state.last_at
-    scores = score_trials(space, state, state.trials.values())
-    order = rank(scores)
-    rest = [trial_id for trial_id in state.trials if trial_id not in scores]
+    stand = standing(space, state)
+    judge, scores, order = Judge(space, stand), stand.scores, stand.order
+    rest = [trial_id for trial_id in state.trials if trial_id not in order]
+    rows = [row(state.trials[t], scores.get(t), now, judge.p_best(t)) for t in [*order, *rest]]
     result = SearchResult(
         search_id=state.started.search_id if state.started else "",
         status=state.ended.status if state.ended else "running",
@@ -92,8 +109,12 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         budget_usd=space.search_budget.usd,
         hours=state.hours(now),
         best=best(state.trials[order[0]], scores[order[0]]) if order else None,
+        confidence=judge.confidence(),
+        next=next_dollars(judge),
+        start_from=judge.against_starts(),
         pareto=[trial_id for trial_id in order if scores[trial_id].pareto],
-        trials=[row(state.trials[t], scores.get(t), now) for t in [*order, *rest]],
+        hypervolume=over_time(stand) if space.objective_name == "pareto" else None,
+        trials=rows,
     )
     return result, scores
 
@@ -112,25 +133,24 @@ def best(trial: TrialState, score: Score) -> Best:
     )
 
 
-def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
+def row(
+    trial: TrialState, score: Score | None, now: float, p_best: float | None = None
+) -> TrialRow:
     """One trial's line of the answer."""
-    status = trial.status or _unended(trial)
     return TrialRow(
         trial_id=trial.trial_id,
-        status=status,
+        status=trial.standing_status,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),
         point=trial.point,
         tokens=trial.tokens,
         loss=trial.loss,
         loss_at_budget=score.loss_at_budget if score else None,
+        p_best=p_best,
+        repeat_of=trial.repeat_of,
         tokens_per_s=trial.tokens_per_s(),
         usd=trial.usd(now),
     )
-
-
-def _unended(trial: TrialState) -> str:
-    return "running" if trial.is_running else "paused" if trial.is_paused else "waiting"
 
 
 def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:

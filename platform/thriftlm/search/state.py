@@ -53,6 +53,8 @@ class TrialState:
     status: str | None = None
     reason: str = ""
     checkpoint: str | None = None
+    repeat_of: str | None = None
+    """The trial that it trains again with another seed."""
 
     @property
     def is_running(self) -> bool:
@@ -74,6 +76,13 @@ class TrialState:
     def is_finishing(self) -> bool:
         """Whether it holds resources but has made its last report."""
         return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
+
+    @property
+    def standing_status(self) -> str:
+        """How it ended, else `running`, `paused` or `waiting`."""
+        if self.status is not None:
+            return self.status
+        return "running" if self.is_running else "paused" if self.is_paused else "waiting"
 
     @property
     def tokens(self) -> int:
@@ -155,7 +164,7 @@ class SearchState:
     @_apply.register
     def _(self, event: Suggested) -> None:
         self.trials[event.trial_id] = TrialState(
-            event.trial_id, event.number, event.point, event.run
+            event.trial_id, event.number, event.point, event.run, repeat_of=event.repeat_of
         )
 
     @_apply.register

@@ -15,7 +15,7 @@ from thriftlm import prices
 from thriftlm.planning.estimate import estimate_runs
 from thriftlm.planning.scaling_laws import Floats
 from thriftlm.search import repeats
-from thriftlm.search.confidence import CONFIRMED, Judge
+from thriftlm.search.confidence import CONFIRMED, NEARLY, Judge
 from thriftlm.search.scoring import configuration_of
 from thriftlm.search.state import TrialState
 from thriftlm.spec import InputError, RunSpec, Spec, SystemSpec
@@ -83,8 +83,8 @@ def _longer(judge: Judge, trial: TrialState) -> float:
     score = judge.standing.scores[trial.trial_id]
     tokens = score.tokens_at_budget / score.extrapolation
     third = CONFIRMED * score.tokens_at_budget
-    to = third if tokens < 0.95 * third else min(score.tokens_at_budget, LONGER * tokens)
-    return max(0.0, to - tokens) * score.usd_per_btok / 1e9
+    to = third if tokens < NEARLY * third else min(score.tokens_at_budget, LONGER * tokens)
+    return 0.0 if tokens > NEARLY * to else (to - tokens) * score.usd_per_btok / 1e9
 
 
 def _trials(judge: Judge) -> Iterator[NextDollars]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from thriftlm.search.confidence import Confidence, Judge, StartComparison
 from thriftlm.search.hypervolume import over_time
 from thriftlm.search.next_dollars import NextDollars, next_dollars
@@ -83,7 +85,7 @@ class SearchResult(Spec):
     """How sure it is; None when no trial gave a score."""
     next: NextDollars | None = None
     """What the next dollars should buy; None where nothing promises a gain."""
-    start_from: list[StartComparison] = []
+    start_from: list[StartComparison] = Field(default_factory=list)
     """The winner against the user's own configurations, in the order of the file."""
     pareto: list[str]
     """Trials that no other beats in both loss at budget and dollars per token."""

@@ -145,7 +145,7 @@ class TestNext:
         assert sum(firsts) < found.next.usd < 1.5 * sum(firsts)
 
     def test_a_clear_winner_buys_more_trials(self, two, lab):
-        desk = two((lab.BEST_LR, 2e-2, 5e-2, 7e-2, 9e-2), search_budget={"trials": 3})
+        desk = two((lab.BEST_LR, 6e-2, 7e-2, 8e-2, 9e-2), search_budget={"trials": 3})
         found = answer(desk.space, desk.state)[0]
         assert found.confidence.decided
         assert found.next.what == "trials"

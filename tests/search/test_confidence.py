@@ -10,9 +10,9 @@ from thriftlm.search.capacity import Capacity
 from thriftlm.search.confidence import SEED_NOISE, Judge, seed_noise
 from thriftlm.search.hypervolume import hypervolume, spent_by
 from thriftlm.search.next_dollars import next_dollars
+from thriftlm.search.ranking import ranking
 from thriftlm.search.result import SearchResult, answer
 from thriftlm.search.scoring import configuration_of
-from thriftlm.search.standing import standing
 from thriftlm.spec import SystemSpec
 from thriftlm_models.counts import non_embedding_params
 
@@ -20,7 +20,7 @@ MAX = 8192 * 9
 
 
 def judged(desk):
-    return Judge(desk.space, standing(desk.space, desk.state))
+    return Judge(desk.space, ranking(desk.space, desk.state))
 
 
 @pytest.fixture
@@ -73,18 +73,18 @@ def test_probabilities_add_up_for_every_objective(lab, objective):
 def test_luck_of_seeds_alone_decides_nothing(two, lab):
     """Without repeats, .003 nats between two runs are needed at a loss of 3.28."""
     judge = judged(two((lab.BEST_LR, 6e-2)))
-    noise = seed_noise(judge.space, judge.standing)
+    noise = seed_noise(judge.space, judge.ranking)
     assert noise == (pytest.approx(SEED_NOISE), 0)
     assert pytest.approx(0.003, rel=0.02) == 1.645 * 2**0.5 * SEED_NOISE * 3.28
     gap = judge.draws.difference(*judge.draws.trial_ids[::-1])
-    loss = judge.standing.scores[judge.standing.order[0]].loss_at_budget
+    loss = judge.ranking.scores[judge.ranking.order[0]].loss_at_budget
     assert gap.std() > 2**0.5 * SEED_NOISE * loss * 0.9
 
 
 def test_repeats_measure_the_noise_of_seeds_and_lessen_it(two, lab):
     desk = two((3.0e-3, 3.02e-3), search={"repeats": 6}, search_budget={"trials": 50})
     judge = judged(desk)
-    noise, runs = seed_noise(judge.space, judge.standing)
+    noise, runs = seed_noise(judge.space, judge.ranking)
     assert runs == 10  # five more seeds of each
     final = {}
     for trial in desk.state.trials.values():
@@ -209,11 +209,11 @@ class TestStart:
         desk = lab.searched(space)
         judge = judged(desk)
         (start,) = judge.against_starts()
-        best = judge.standing.scores[judge.standing.order[0]]
-        own = judge.standing.scores[start.trial_id]
+        best = judge.ranking.scores[judge.ranking.order[0]]
+        own = judge.ranking.scores[start.trial_id]
         assert start.usd_factor > 1
         usd = start.usd_factor * best.tokens_at_budget * best.usd_per_btok / 1e9
-        run, fit = desk.state.trials[start.trial_id].run, judge.standing.comparison.fit
+        run, fit = desk.state.trials[start.trial_id].run, judge.ranking.comparison.fit
         reached = fit.predict(
             configuration_of(run), non_embedding_params(run.model), usd * own.tokens_per_usd
         )
@@ -277,7 +277,7 @@ def test_factored_answers_by_its_own_surrogate(lab):
         search_budget={"trials": 6},
     )
     desk = lab.searched(space)
-    stand = standing(space, desk.state)
+    stand = ranking(space, desk.state)
     assert stand.comparison.draws.shape[0] == 256
     found = answer(space, desk.state)[0]
     assert found.best.trial_id == desk.leader()

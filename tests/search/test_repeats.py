@@ -90,7 +90,7 @@ def test_seeds_of_a_configuration_are_one_curve_and_one_place_in_the_order(lab, 
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "usd"), [("random", 0.005), ("random", 0.02), ("optuna", 0.008)]
+    ("algorithm", "usd"), [("random", 0.008), ("random", 0.02), ("optuna", 0.008)]
 )
 def test_the_money_for_repeats_is_kept_and_the_cap_holds(lab, space, usd, algorithm):
     found = space(search_budget={"usd": usd}, search={"algorithm": algorithm, "repeats": 2})

@@ -19,6 +19,7 @@ from thriftlm.search.objective import (
     Observation,
     Predicted,
     Score,
+    fresh_tokens,
     pareto_front,
     pooled_curves,
     tokens_at_budget,
@@ -142,10 +143,7 @@ def compare(
     curves = pooled_curves(observations)
     if not curves:
         return None
-    fresh = [
-        replace(curve, tokens=np.array([effective_tokens(n, unique_tokens) for n in curve.tokens]))
-        for curve in curves.values()
-    ]
+    fresh = [replace(c, tokens=fresh_tokens(c.tokens, unique_tokens)) for c in curves.values()]
     fit = fit_law(fresh, seed=seed)
     refits = bootstrap(fresh, fit, samples=samples, seed=seed)
     known = predicted or {}

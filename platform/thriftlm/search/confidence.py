@@ -16,9 +16,9 @@ from thriftlm.planning.scaling_laws import Floats
 from thriftlm.search import repeats
 from thriftlm.search.comparison import INTERVAL
 from thriftlm.search.objective import LossUnit, loss_of
+from thriftlm.search.ranking import Ranking
 from thriftlm.search.scoring import configuration_of, loss_unit
 from thriftlm.search.space import Space
-from thriftlm.search.standing import Standing
 from thriftlm.search.state import TrialState
 from thriftlm.spec import Spec
 
@@ -131,12 +131,12 @@ class Judge:
     """A standing with what is drawn from it."""
 
     space: Space
-    standing: Standing
+    ranking: Ranking
 
     @cached_property
     def draws(self) -> Draws:
         """Of the best trials and of the user's own."""
-        stand, order = self.standing, self.standing.order
+        stand, order = self.ranking, self.ranking.order
         own = [t for t in self.starts.values() if t in order]
         runner_up = [stand.runner_up.trial_id] if stand.runner_up else []
         shown = list(dict.fromkeys([*order[:COMPARED], *runner_up, *own]))
@@ -157,7 +157,7 @@ class Judge:
 
     def _best(self, losses: Floats, among: Sequence[int]) -> Floats:
         """Shares of the draws that each wins; of equal values the first wins."""
-        comparison = self.standing.comparison
+        comparison = self.ranking.comparison
         assert comparison is not None
         values = losses
         if comparison.objective != "loss_at_budget":
@@ -167,7 +167,7 @@ class Judge:
 
     def p_best(self, trial_id: str) -> float | None:
         """Probability that a trial is the best of those tried; None where it is not compared."""
-        if trial_id not in self.standing.order or trial_id not in self.draws.trial_ids:
+        if trial_id not in self.ranking.order or trial_id not in self.draws.trial_ids:
             return None
         return float(self.draws.best[self.draws.trial_ids.index(trial_id)])
 
@@ -182,10 +182,10 @@ class Judge:
 
     def confidence(self) -> Confidence | None:
         """How sure the winner is; None where there is none."""
-        winner, other = self.standing.winner, self.standing.runner_up
+        winner, other = self.ranking.winner, self.ranking.runner_up
         if winner is None:
             return None
-        draws, scores = self.draws, self.standing.scores
+        draws, scores = self.draws, self.ranking.scores
         loss = scores[winner.trial_id].loss_at_budget
         gap = None if other is None else draws.difference(other.trial_id, winner.trial_id)
         low, high = (None, None) if gap is None else np.quantile(gap, INTERVAL).tolist()
@@ -201,7 +201,7 @@ class Judge:
             low=low,
             high=high,
             seed_noise=draws.noise * loss,
-            noise_runs=seed_noise(self.space, self.standing)[1],
+            noise_runs=seed_noise(self.space, self.ranking)[1],
             decided=other is None or self._is_decided(winner, other),
             confirmation=self.confirmation(winner),
             repeats=self._repeats(),
@@ -209,7 +209,7 @@ class Judge:
 
     def _is_decided(self, winner: TrialState, other: TrialState) -> bool:
         """By the objective, in 95% of the draws; noise of seeds is in them."""
-        draws, comparison = self.draws, self.standing.comparison
+        draws, comparison = self.draws, self.ranking.comparison
         assert comparison is not None
         at = {trial_id: i for i, trial_id in enumerate(comparison.trial_ids)}
         pair = [winner.trial_id, other.trial_id]
@@ -224,7 +224,7 @@ class Judge:
 
     def confirmation(self, winner: TrialState) -> Confirmation:
         """How far the winner was trained."""
-        score = self.standing.scores[winner.trial_id]
+        score = self.ranking.scores[winner.trial_id]
         tokens = round(score.tokens_at_budget / score.extrapolation)
         third = CONFIRMED * score.tokens_at_budget
         limit: Literal["third_of_training_budget", "max_tokens", "search_budget"]
@@ -239,24 +239,24 @@ class Judge:
         return Confirmation(tokens=tokens, share=share, limit=limit, missing_tokens=missing)
 
     def _repeats(self) -> Repeats:
-        state, asked = self.standing.state, self.space.search.repeats
+        state, asked = self.ranking.state, self.space.search.repeats
         again = [t for t in state.trials.values() if t.repeat_of is not None]
         firsts = [state.trials[t] for t in dict.fromkeys(str(trial.repeat_of) for trial in again)]
-        both = [self.standing.winner, self.standing.runner_up]
-        firsts = firsts or [trial for trial in both if trial is not None]
-        seeds = [_seeds(self.standing).get(configuration_of(t.run), 1) for t in firsts]
+        both = [self.ranking.winner, self.ranking.runner_up]
+        firsts = firsts or [trial for trial in both if trial is not None and trial.allocations]
+        seeds = [_seeds(self.ranking).get(configuration_of(t.run), 1) for t in firsts]
         left = repeats.missing(state, firsts, self.space.search.seed, asked)
         missing = sum(repeats.price(first) for pairs in left for first, _ in pairs)
-        return Repeats(asked=asked, run=min(seeds), usd_missing=missing)
+        return Repeats(asked=asked, run=min(seeds, default=1), usd_missing=missing)
 
     def against_starts(self) -> list[StartComparison]:
         """The winner against each configuration of the user."""
         return [self._against(entry, trial_id) for entry, trial_id in self.starts.items()]
 
     def _against(self, entry: int, trial_id: str) -> StartComparison:
-        stand, winner = self.standing, self.standing.winner
+        stand, winner = self.ranking, self.ranking.winner
         trial = stand.state.trials.get(trial_id)
-        status = "not run" if trial is None else trial.standing_status
+        status = "not run" if trial is None else trial.stage
         difference = low = high = factor = None
         if winner is not None and trial_id in stand.order and stand.comparison is not None:
             own, best = stand.scores[trial_id], stand.scores[winner.trial_id]
@@ -277,7 +277,7 @@ class Judge:
         )
 
 
-def seed_noise(space: Space, stand: Standing) -> tuple[float, int]:
+def seed_noise(space: Space, stand: Ranking) -> tuple[float, int]:
     """Standard deviation of log loss between seeds, and the repeats that say so.
 
     Seeds of one configuration are compared at the most tokens that all of them have reached.
@@ -298,7 +298,7 @@ def seed_noise(space: Space, stand: Standing) -> tuple[float, int]:
     return float(np.sqrt(total / (SEED_NOISE_RUNS + freedom))), freedom
 
 
-def _with_seeds(stand: Standing) -> dict[str, list[TrialState]]:
+def _with_seeds(stand: Ranking) -> dict[str, list[TrialState]]:
     """First runs and repeats with a loss that did not diverge, of what was repeated."""
     found: dict[str, list[TrialState]] = {}
     for trial in stand.state.trials.values():
@@ -311,5 +311,5 @@ def _with_seeds(stand: Standing) -> dict[str, list[TrialState]]:
     return found
 
 
-def _seeds(stand: Standing) -> dict[str, int]:
+def _seeds(stand: Ranking) -> dict[str, int]:
     return {name: len(trials) for name, trials in _with_seeds(stand).items()}

@@ -237,6 +237,14 @@ def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
     return np.column_stack([share, *exponents])
 
 
+def nearness(one: Features, other: Features) -> Floats:
+    """Weights (P, Q) by which recipes tell of each other's divergence: 1 for equal ones."""
+    distance = (one.u[:, None] - other.u[None, :]) ** 2
+    distance += (0.5 * (one.log_n[:, None] - other.log_n[None, :])) ** 2
+    distance += (one.words[:, None, :] != other.words[None, :, :]).sum(axis=2)
+    return np.asarray(np.exp(-2 * distance))
+
+
 def _alike(one: Features, other: Features, length: float) -> Floats:
     """How alike recipes are (P, Q), 1 for equal ones: Matern 5/2 over numbers, less per word."""
     square = np.zeros((len(one.u), len(other.u)))

@@ -28,9 +28,9 @@ from thriftlm.search.journal import (
     Suggested,
 )
 from thriftlm.search.objective import Score
+from thriftlm.search.ranking import ranking
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
-from thriftlm.search.standing import standing
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
 
@@ -139,7 +139,7 @@ class Desk:
                 break
             first, run = left[0]
             again = algorithms.Proposal(first.point, run)
-            return self._admitted(self._propose(again, first.trial_id))
+            return self._admitted(self._suggested(again, first.trial_id))
         return Wait() if self.state.running else explored
 
     @cached_property
@@ -148,9 +148,9 @@ class Desk:
         events = self.journal.events
         first = (i for i, e in enumerate(events) if isinstance(e, Suggested) and e.repeat_of)
         before = SearchState(events[: next(first, len(events))])
-        found = standing(self.space, before)
-        both = [trial for trial in (found.winner, found.runner_up) if trial is not None]
-        return [self.state.trials[trial.trial_id] for trial in both]
+        found = ranking(self.space, before)
+        both = [self.state.trials[t.trial_id] for t in (found.winner, found.runner_up) if t]
+        return [trial for trial in both if trial.allocations]
 
     def _budget_of(self, trial: TrialState) -> Budget:
         return self.exploring if trial.repeat_of is None else self.budget
@@ -252,7 +252,7 @@ class Desk:
         is_last = most is not None and len(self.state.trials) >= most
         left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
         if not is_last and (start := next(left, None)) is not None:
-            return self._propose(start)
+            return self._suggested(start)
         paused = self.algorithm.resume(self.state, is_last)
         if paused is not None:
             return self.state.trials[paused]
@@ -262,12 +262,12 @@ class Desk:
             return Wait() if may_go_on else Finished(why)
         for proposal in self.algorithm.propose(self.state):
             if self.capacity.can_ever_hold(proposal.run.system):
-                return self._propose(proposal)
+                return self._suggested(proposal)
         return (
             Wait() if may_go_on else Finished("every point of the space that fits has been tried")
         )
 
-    def _propose(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
+    def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
         run = proposal.run
         event = Suggested(
             at=self.clock(),

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from thriftlm.planning.law import Curve
-from thriftlm.planning.scaling_laws import effective_tokens
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior, Record
+from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior, Record, nearness
 from thriftlm.search.journal import Allocated, Ended, Event, Reported, SearchStarted, Suggested
 from thriftlm.search.menu import Menu, menu_of
-from thriftlm.search.objective import PESSIMISM_SDS, Predicted, loss_of
+from thriftlm.search.objective import PESSIMISM_SDS, Predicted, fresh_tokens, loss_of
 from thriftlm.search.repeats import kept_share
+from thriftlm.search.scalar import expected_improvement, line, predictions
 from thriftlm.search.scoring import configuration_of, loss_unit
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
@@ -51,8 +50,8 @@ RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
 FUTURE_SHARE = 0.25
 """Of the training budget: dollars that a cheaper system would save on, when a probe is weighed."""
-LEARNED, DRAWS = 3, 256
-"""Rounds in which scales are learned for an answer, and its draws of all scores."""
+LEARNED = 3
+"""Rounds in which scales are learned for an answer."""
 PROPOSED = 20
 """Recipes resolved per proposal until one of them is a run."""
 
@@ -158,6 +157,22 @@ class Factored(Searcher):
         by_hours = np.inf if budget.hours is None else budget.hours * 3600 * speed
         bought = np.where(fits, np.minimum(by_usd, by_hours), 1.0)
         self.tokens_at_budget = bought.max(axis=1)[self.menu.shape_of]
+        best = np.arange(len(bought)), bought.argmax(axis=1)
+        self.log_speed = costs.log_tokens_per_s[best][self.menu.shape_of]
+        usd = np.log(np.broadcast_to(usd_per_hour / 3600, bought.shape)[best])
+        self.log_usd = usd[self.menu.shape_of] - self.log_speed
+
+    def _valued(
+        self, recipes: NDArray[np.intp], posterior: Posterior, tried: int, share: float = 0.5
+    ) -> Posterior:
+        """What drives, instead of log loss."""
+        asked, weights = self.space.objective_name, self.space.objective_weights
+        usd, speed = self.log_usd[recipes], self.log_speed[recipes]
+        return line(asked, weights, posterior.mean, usd, speed, tried, share).of(posterior)
+
+    def _share(self) -> float:
+        """Of the loss in `pareto`: another with every trial."""
+        return float(np.random.default_rng([self.space.search.seed, len(self.places)]).random())
 
     # --- rungs ------------------------------------------------------------------------------------
 
@@ -250,6 +265,7 @@ class Factored(Searcher):
         if not self.parts.predicted:
             return {r: self.records[r].loss[-1] for r in tried.tolist()}
         recipes, posterior = self._posterior()
+        posterior = self._valued(recipes, posterior, len(recipes), self._share())
         place = {r: i for i, r in enumerate(recipes.tolist())}
         means = posterior.mean
         return {r: float(means[place[r]]) if r in place else np.inf for r in tried.tolist()}
@@ -269,14 +285,8 @@ class Factored(Searcher):
         return self.posterior
 
     def _features(self) -> Features:
-        fresh = self._fresh(self.tokens_at_budget)
+        fresh = fresh_tokens(self.tokens_at_budget, self.unique_tokens)
         return self.menu.features(np.log(fresh), self.parts.step_law)
-
-    def _fresh(self, tokens: Floats) -> Floats:
-        """Tokens of a corpus without end that are worth as much as these of ours."""
-        if self.unique_tokens is None:
-            return tokens
-        return np.array([effective_tokens(n, self.unique_tokens) for n in tokens.tolist()])
 
     def _data(self) -> tuple[NDArray[np.intp], Points]:
         """The recipes that count, and their points by place; learns when there is more."""
@@ -308,14 +318,15 @@ class Factored(Searcher):
                 if tokens <= last / 2 and taken < MOST_POINTS:
                     rows.append((place, tokens, np.log(record.mean(tokens, loss))))
                     last, taken = tokens, taken + 1
-        columns = np.array(rows).reshape(-1, 3).T
-        return Points(columns[0].astype(np.intp), np.log(self._fresh(columns[1])), columns[2])
+        places, at, log_loss = np.array(rows).reshape(-1, 3).T
+        fresh = fresh_tokens(at, self.unique_tokens)
+        return Points(places.astype(np.intp), np.log(fresh), log_loss)
 
     def _curve(self, recipe: int) -> Curve:
         record = self.records[recipe]
         yes = np.ones(len(record.tokens), bool)
         n = float(np.exp(self.menu.log_n[recipe]))
-        tokens = self._fresh(np.array(record.tokens))
+        tokens = fresh_tokens(np.array(record.tokens), self.unique_tokens)
         return Curve(str(recipe), n, tokens, np.array(record.loss), yes, ~yes)
 
     def leader(self, state: SearchState) -> str | None:
@@ -324,6 +335,7 @@ class Factored(Searcher):
         if not len(tried):
             return None
         recipes, posterior = self._posterior()
+        posterior = self._valued(recipes, posterior, len(recipes))
         spread = posterior.sd_within(np.arange(len(recipes)))
         best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
         by_recipe = defaultdict(list)
@@ -342,14 +354,9 @@ class Factored(Searcher):
         rest = [r for r in self._usable().tolist() if r not in set(known.tolist())]
         recipes = np.array([*known.tolist(), *rest])
         posterior = self.curves.posterior(self._features().take(recipes), points)
-        spread = posterior.sd_within(np.arange(len(recipes)))
-        drawn = np.exp(posterior.draws(DRAWS, self.space.search.seed))
-        tokens, loss = self._fresh(self.tokens_at_budget)[recipes], np.exp(posterior.mean)
-        rows = zip(recipes.tolist(), tokens.tolist(), loss.tolist(), spread.tolist(), strict=True)
-        return {
-            configuration_of(self.menu.runs[r]): Predicted(d, mean, sd, drawn[:, i])
-            for i, (r, d, mean, sd) in enumerate(rows)
-        }
+        names = [configuration_of(self.menu.runs[r]) for r in recipes.tolist()]
+        tokens = fresh_tokens(self.tokens_at_budget, self.unique_tokens)[recipes]
+        return predictions(names, tokens, posterior, self.space.search.seed)
 
     # --- what is next -----------------------------------------------------------------------------
 
@@ -381,7 +388,8 @@ class Factored(Searcher):
             covariance = covariance - np.outer(covariance[i], covariance[i]) / (
                 covariance[i, i] + 1e-5
             )
-        posterior = Posterior(posterior.mean, covariance)
+        joint = Posterior(posterior.mean, covariance)
+        posterior = self._valued(recipes, joint, len(known), self._share())
         new = slice(len(known) + len(blind), None)
         if not len(known):
             return -posterior.mean[new]
@@ -406,11 +414,7 @@ class Factored(Searcher):
         if not broke.any():
             return np.zeros(len(candidates))
         features = self._features()
-        one, other = features.take(candidates), features.take(tried)
-        distance = (one.u[:, None] - other.u[None, :]) ** 2
-        distance += (0.5 * (one.log_n[:, None] - other.log_n[None, :])) ** 2
-        distance += (one.words[:, None, :] != other.words[None, :, :]).sum(axis=2)
-        weight = np.exp(-2 * distance)
+        weight = nearness(features.take(candidates), features.take(tried))
         return np.asarray(weight @ broke / (weight.sum(axis=1) + 0.3))
 
     def _system(self, recipe: int, state: SearchState, rng: np.random.Generator) -> int | None:
@@ -442,9 +446,3 @@ class Factored(Searcher):
             hope = expected_improvement(gain - gain[best], costs.sd + 1e-9) * (1 - costs.p_oom)
             value = np.where(np.isfinite(price), hope * future - (price - price[best]), -np.inf)
         return int(np.argmax(value))
-
-
-def expected_improvement(gain: Floats, sd: Floats) -> Floats:
-    """Mean of max(0, X) for X normal with that mean and standard deviation."""
-    z = gain / sd
-    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))

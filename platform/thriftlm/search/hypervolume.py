@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from thriftlm.search.objective import pareto_front
-from thriftlm.search.standing import Standing
+from thriftlm.search.ranking import Ranking
 from thriftlm.search.state import SearchState
 
 BEYOND = 0.1
@@ -31,10 +31,10 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
     return area
 
 
-def over_time(standing: Standing) -> list[tuple[float, float]]:
+def over_time(ranking: Ranking) -> list[tuple[float, float]]:
     """Dollars spent and dominated area at the end of each scored trial, in that order."""
-    state, scores = standing.state, standing.scores
-    points = {t: (scores[t].loss_at_budget, np.log(scores[t].usd_per_btok)) for t in standing.order}
+    state, scores = ranking.state, ranking.scores
+    points = {t: (scores[t].loss_at_budget, np.log(scores[t].usd_per_btok)) for t in ranking.order}
     if not points:
         return []
     worst, best = (f(list(points.values()), axis=0) for f in (np.max, np.min))
@@ -48,8 +48,8 @@ def over_time(standing: Standing) -> list[tuple[float, float]]:
 
 
 def _ended_at(state: SearchState, trial_id: str) -> float:
-    until = state.trials[trial_id].allocations[-1].until
-    return state.last_at if until is None else until
+    until = [a.until for a in state.trials[trial_id].allocations]
+    return state.last_at if not until or until[-1] is None else until[-1]
 
 
 def spent_by(state: SearchState, at: float) -> float:

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr
 
 from thriftlm import prices
 from thriftlm.planning.estimate import estimate_runs
-from thriftlm.planning.scaling_laws import Floats
 from thriftlm.search import repeats
 from thriftlm.search.confidence import CONFIRMED, NEARLY, Judge
+from thriftlm.search.scalar import expected_improvement
 from thriftlm.search.scoring import configuration_of
 from thriftlm.search.state import TrialState
 from thriftlm.spec import InputError, RunSpec, Spec, SystemSpec
@@ -50,10 +49,10 @@ def next_dollars(judge: Judge) -> NextDollars | None:
 
 def _separation(judge: Judge) -> Iterator[NextDollars]:
     """A longer run or more seeds: by which of the two leaves more open who is better."""
-    winner, other = judge.standing.winner, judge.standing.runner_up
+    winner, other = judge.ranking.winner, judge.ranking.runner_up
     if winner is None or other is None:
         return
-    scores, draws = judge.standing.scores, judge.draws
+    scores, draws = judge.ranking.scores, judge.draws
     gap = scores[other.trial_id].loss_at_budget - scores[winner.trial_id].loss_at_budget
     loss = scores[winner.trial_id].loss_at_budget
     both = draws.difference(other.trial_id, winner.trial_id).var()
@@ -67,20 +66,23 @@ def _separation(judge: Judge) -> Iterator[NextDollars]:
             what="longer_run",
             usd=sum(missing),
             gain=_improvement(-gap, float(law)),
-            why=f"train {names} on: their losses at budget differ by {gap:.4f}, and the "
+            why=f"train {names} on: their losses at budget differ by {abs(gap):.4f}, and the "
             f"extrapolation leaves {law:.4f} of that open",
         )
+    if not (winner.allocations and other.allocations):
+        return  # known from an earlier search: what a repeat costs here is not
     yield NextDollars(
         what="seeds",
         usd=repeats.price(winner) + repeats.price(other),
         gain=_improvement(-gap, float(luck)),
-        why=f"train {names} with another seed: they differ by {gap:.4f}, seeds alone by {luck:.4f}",
+        why=f"train {names} with another seed: they differ by {abs(gap):.4f}, seeds alone by "
+        f"{luck:.4f}",
     )
 
 
 def _longer(judge: Judge, trial: TrialState) -> float:
     """Dollars from where a trial is to a third of its budget, or to three times its tokens."""
-    score = judge.standing.scores[trial.trial_id]
+    score = judge.ranking.scores[trial.trial_id]
     tokens = score.tokens_at_budget / score.extrapolation
     third = CONFIRMED * score.tokens_at_budget
     to = third if tokens < NEARLY * third else min(score.tokens_at_budget, LONGER * tokens)
@@ -92,34 +94,51 @@ def _trials(judge: Judge) -> Iterator[NextDollars]:
 
     The largest of n standard normal draws lies near sqrt(2 log n).
     """
-    stand, winner = judge.standing, judge.standing.winner
+    stand, winner = judge.ranking, judge.ranking.winner
     state, comparison = stand.state, stand.comparison
     if winner is None or comparison is None or _is_exhausted(judge):
         return
     tried = [trial for trial in state.trials.values() if trial.allocations and not trial.repeat_of]
+    if not tried:
+        return
     n = max(2, len({configuration_of(trial.run) for trial in tried}))
-    spread = comparison.fit.tau * stand.scores[winner.trial_id].loss_at_budget
+    spread = _spread(judge) or comparison.fit.tau * stand.scores[winner.trial_id].loss_at_budget
     gain = spread * float(np.sqrt(2 * np.log(n + MORE_TRIALS)) - np.sqrt(2 * np.log(n)))
     each = sum(trial.usd(state.last_at) for trial in tried) / len(tried)
     yield NextDollars(
         what="trials",
         usd=MORE_TRIALS * each,
         gain=gain,
-        why=f"try {MORE_TRIALS} more: configurations differ by {spread:.4f} beyond size and "
-        f"tokens, and {n} were tried",
+        why=f"try {MORE_TRIALS} more: the better half of the configurations differs by "
+        f"{spread:.4f} at budget, and {n} were tried",
     )
 
 
+def _spread(judge: Judge) -> float:
+    """Standard deviation of losses at budget by their better half: the worse half can be broken.
+
+    0 for fewer than four configurations.
+    """
+    best: dict[str, float] = {}
+    for trial_id in judge.ranking.order:
+        name = configuration_of(judge.ranking.state.trials[trial_id].run)
+        loss = judge.ranking.scores[trial_id].loss_at_budget
+        best[name] = min(loss, best.get(name, loss))
+    losses = np.array(list(best.values()))
+    better = losses[losses <= np.median(losses)]
+    return float(np.sqrt(np.mean((np.median(losses) - better) ** 2))) if len(losses) > 3 else 0.0
+
+
 def _is_exhausted(judge: Judge) -> bool:
-    ended, size = judge.standing.state.ended, judge.space.size
+    ended, size = judge.ranking.state.ended, judge.space.size
     if ended is not None and ended.reason.startswith("every point"):
         return True
-    return size is not None and len(judge.standing.state.trials) >= size
+    return size is not None and len(judge.ranking.state.trials) >= size
 
 
 def _probe(judge: Judge) -> Iterator[NextDollars]:
     """Systems that the estimate believes to train the winner for less, none of which was tried."""
-    stand, winner = judge.standing, judge.standing.winner
+    stand, winner = judge.ranking, judge.ranking.winner
     if winner is None or stand.comparison is None:
         return
     tried = {t.run.system for t in stand.state.trials.values() if t.allocations}
@@ -131,7 +150,8 @@ def _probe(judge: Judge) -> Iterator[NextDollars]:
     usable = np.isfinite(saved) & np.isfinite(sd) & (found.fits[1:] == 1)
     if not usable.any():
         return
-    hope = np.where(usable, _hope(np.where(usable, saved, 0), np.where(usable, sd, 1)), 0.0)
+    saved, sd = np.where(usable, saved, -100.0), np.where(usable, sd, 1.0)
+    hope = expected_improvement(saved, sd)
     best = np.argsort(-hope, kind="stable")[:MOST_PROBED]
     asked = [runs[1 + i].system for i in best.tolist() if hope[i] > hope[best[0]] / 2]
     yield NextDollars(
@@ -158,10 +178,4 @@ def _elsewhere(judge: Judge, run: RunSpec, tried: set[SystemSpec]) -> Iterator[R
 
 
 def _improvement(gain: float, sd: float) -> float:
-    """Mean of max(0, X) for X normal with that mean and standard deviation."""
-    return float(_hope(np.array([gain]), np.array([max(sd, 1e-12)]))[0])
-
-
-def _hope(gain: Floats, sd: Floats) -> Floats:
-    z = gain / sd
-    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))
+    return float(expected_improvement(np.array([gain]), np.array([max(sd, 1e-12)]))[0])

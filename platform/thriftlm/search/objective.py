@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from thriftlm.planning.law import Curve
-from thriftlm.planning.scaling_laws import Floats
+from thriftlm.planning.scaling_laws import Floats, effective_tokens
 from thriftlm.spec import Progress, Spec, Status
 
 Objective = Literal["loss_at_budget", "usd_to_loss", "tokens_per_usd", "weighted", "pareto"]
@@ -126,6 +126,13 @@ def curve_of(
 def loss_of(report: Progress, unit: LossUnit) -> float | None:
     """The validation loss of a report in a unit."""
     return report.val_loss if unit == "nats_per_token" else report.val_bits_per_byte
+
+
+def fresh_tokens(tokens: Floats, unique_tokens: float | None) -> Floats:
+    """Tokens of a corpus without end that are worth as much as these of ours."""
+    if unique_tokens is None:
+        return tokens
+    return np.array([effective_tokens(n, unique_tokens) for n in tokens.tolist()])
 
 
 def tokens_at_budget(

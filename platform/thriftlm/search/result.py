@@ -9,8 +9,8 @@ from thriftlm.search.confidence import Confidence, Judge, StartComparison
 from thriftlm.search.hypervolume import over_time
 from thriftlm.search.next_dollars import NextDollars, next_dollars
 from thriftlm.search.objective import Score
+from thriftlm.search.ranking import ranking
 from thriftlm.search.space import Space
-from thriftlm.search.standing import standing
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, Spec
 
@@ -64,6 +64,10 @@ class Best(Spec):
     """Tokens that the training budget buys."""
     extrapolation: float | None
     """`tokens_at_budget` over the most tokens that the recipe was trained for."""
+    effective_tokens: float | None = None
+    """Fresh tokens that `tokens_at_budget` is worth where the corpus has to be repeated."""
+    best_system: str | None = None
+    """System of the trials on which its recipe gets the most tokens."""
 
 
 class SearchResult(Spec):
@@ -99,7 +103,7 @@ class SearchResult(Spec):
 def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
     """The answer as far as the journal tells it, with the scores behind it."""
     now = state.last_at
-    stand = standing(space, state)
+    stand = ranking(space, state)
     judge, scores, order = Judge(space, stand), stand.scores, stand.order
     rest = [trial_id for trial_id in state.trials if trial_id not in order]
     rows = [row(state.trials[t], scores.get(t), now, judge.p_best(t)) for t in [*order, *rest]]
@@ -132,6 +136,8 @@ def best(trial: TrialState, score: Score) -> Best:
         usd_per_btok=score.usd_per_btok,
         tokens_at_budget=score.tokens_at_budget,
         extrapolation=score.extrapolation,
+        effective_tokens=score.effective_tokens,
+        best_system=score.best_system,
     )
 
 
@@ -141,7 +147,7 @@ def row(
     """One trial's line of the answer."""
     return TrialRow(
         trial_id=trial.trial_id,
-        status=trial.standing_status,
+        status=trial.stage,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),
         point=trial.point,

@@ -60,6 +60,7 @@ def compare_trials(
             unique_tokens=min(state.started.unique_tokens.values(), default=None),
             objective=space.objective_name,
             weights=space.objective_weights,
+            target_loss=space.target_loss,
             samples=samples,
             seed=space.search.seed,
             predicted=predicted,

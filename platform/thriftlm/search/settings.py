@@ -88,12 +88,18 @@ class Weights(Spec):
 
 
 class Objective(Spec):
-    """Which score drives the search; `objective: pareto`, or `objective: {weighted: {loss: 1}}`."""
+    """Which score drives the search: `objective: pareto`.
+
+    `{weighted: {loss: 1}}` gives weights, `{usd_to_loss: 3.2}` the loss to reach; without one it is
+    the best loss at budget of all trials.
+    """
 
     name: Literal["loss_at_budget", "usd_to_loss", "tokens_per_usd", "weighted", "pareto"]
     """Name of the score."""
     weights: Weights | None = None
     """Weights of `weighted`."""
+    target_loss: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
+    """Target of `usd_to_loss`, in the unit of the scores."""
 
     @validator(mode="before")
     @classmethod
@@ -102,12 +108,16 @@ class Objective(Spec):
             return {"name": given}
         if isinstance(given, dict) and set(given) == {"weighted"}:
             return {"name": "weighted", "weights": given["weighted"]}
+        if isinstance(given, dict) and set(given) == {"usd_to_loss"}:
+            return {"name": "usd_to_loss", "target_loss": given["usd_to_loss"]}
         return given
 
     @validator(mode="after")
     def _check(self) -> Self:
         if (self.name == "weighted") != (self.weights is not None):
             raise ValueError("weighted needs weights: objective: {weighted: {loss: 1}}")
+        if self.target_loss is not None and self.name != "usd_to_loss":
+            raise ValueError(f"target_loss belongs to usd_to_loss, not to {self.name}")
         return self
 
 

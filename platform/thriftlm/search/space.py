@@ -97,6 +97,7 @@ class Space:
         self.constraints = file.constraints
         self.objective_name = file.objective.name
         weights = file.objective.weights
+        self.target_loss = file.objective.target_loss
         self.objective_weights = None if weights is None else weights.model_dump()
         self._sections = {
             name: read_section(config, _path(name), given, SPECS[name], READS.get(name, ()))
@@ -271,6 +272,11 @@ class Space:
                 "`thriftlm doctor` does"
             )
         trials = self.search_budget.trials
+        if trials is not None and search.repeats > 1 and trials < 2 * search.repeats:
+            found.append(
+                f"repeats: {search.repeats} seeds of winner and runner-up take "
+                f"{2 * (search.repeats - 1)} trials, search_budget allows {trials} in all"
+            )
         if search.algorithm == "grid" and trials is not None and trials < (self.size or 0):
             found.append(f"grid has {self.size} points, search_budget allows {trials} trials")
         return found

@@ -78,7 +78,7 @@ class TrialState:
         return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
 
     @property
-    def standing_status(self) -> str:
+    def stage(self) -> str:
         """How it ended, else `running`, `paused` or `waiting`."""
         if self.status is not None:
             return self.status
@@ -112,6 +112,7 @@ class SearchState:
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.events: list[Event] = []
         self.trials: dict[str, TrialState] = {}
         self.started: SearchStarted | None = None
         self.ended: SearchEnded | None = None
@@ -126,6 +127,7 @@ class SearchState:
         self._apply(event)
         if not isinstance(event, RunMinted):  # a slow tracking server does not prolong a search
             self.last_at = event.at
+            self.events.append(event)
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far."""

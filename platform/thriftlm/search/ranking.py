@@ -1,11 +1,10 @@
 """Where the trials of a search stand: who leads, who follows, and the joint draws behind it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thriftlm.search.algorithms import started
 from thriftlm.search.comparison import Comparison
-from thriftlm.search.journal import Ended, Event, Reported, Suggested
 from thriftlm.search.objective import Predicted, Score, rank
 from thriftlm.search.scoring import compare_trials, configuration_of
 from thriftlm.search.space import Space
@@ -13,7 +12,7 @@ from thriftlm.search.state import SearchState, TrialState
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
+class Ranking:
     """All trials that can be scored."""
 
     state: SearchState
@@ -40,7 +39,7 @@ class Standing:
         return next((t for t in trials if configuration_of(t.run) != own), None)
 
 
-def standing(space: Space, state: SearchState) -> Standing:
+def ranking(space: Space, state: SearchState) -> Ranking:
     """The standing as far as the journal tells it.
 
     A searcher with a surrogate of its own is replayed and asked for its predictions, so that the
@@ -50,33 +49,13 @@ def standing(space: Space, state: SearchState) -> Standing:
     predicted = _predicted(space, state)
     found = compare_trials(space, state, trials, predicted=predicted)
     ranked = [] if found is None else rank(found.scores)
-    return Standing(state, found, [t for t in ranked if state.trials[t].repeat_of is None])
+    return Ranking(state, found, [t for t in ranked if state.trials[t].repeat_of is None])
 
 
 def _predicted(space: Space, state: SearchState) -> Mapping[str, Predicted] | None:
     searcher = started(space)
     if not searcher.predicts:
         return None
-    for event in _events(state):
+    for event in state.events:
         searcher.observe(event)
     return searcher.predicted()
-
-
-def _events(state: SearchState) -> Iterator[Event]:
-    """What a searcher learns from, as far as the state still has it."""
-    if state.started is not None:
-        yield state.started
-    for trial in sorted(state.trials.values(), key=lambda trial: trial.number):
-        at, trial_id = state.last_at, trial.trial_id
-        yield Suggested(
-            at=at,
-            trial_id=trial_id,
-            number=trial.number,
-            point=trial.point,
-            run=trial.run,
-            repeat_of=trial.repeat_of,
-        )
-        for progress in trial.curve:
-            yield Reported(at=at, trial_id=trial_id, progress=progress)
-        if trial.status is not None:
-            yield Ended.model_validate({"at": at, "trial_id": trial_id, "status": trial.status})

@@ -8,6 +8,7 @@ from thriftlm.search.factored import Factored
 from thriftlm.search.journal import SearchStarted
 from thriftlm.search.result import answer
 from thriftlm.search.scalar import line, predictions
+from thriftlm.spec import InputError
 
 LOSS, USD, SPEED = (np.log(x) for x in ([3.0, 3.1, 3.3, 9.0], [4.0, 2.0, 1.0, 1.0], [1, 2, 4, 4.0]))
 
@@ -91,6 +92,11 @@ def test_a_target_loss_in_the_space_file_is_what_dollars_are_counted_to(lab):
     desk = lab.searched(lab.space(objective={"usd_to_loss": 4.5}))
     scores = answer(desk.space, desk.state)[1]
     assert {score.target_loss for score in scores.values()} == {4.5}
+
+
+def test_a_target_belongs_to_dollars_to_a_loss(lab):
+    with pytest.raises(InputError, match="target_loss belongs to usd_to_loss, not to pareto"):
+        lab.space(objective={"name": "pareto", "target_loss": 3})
 
 
 def test_a_small_corpus_is_worth_fewer_tokens_to_the_surrogate(lab):

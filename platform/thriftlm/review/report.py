@@ -18,6 +18,7 @@ from thriftlm.review.wording import (
     duration,
     limits,
     optional,
+    seeded,
     shortened,
     usd,
     why_ended,
@@ -124,11 +125,12 @@ def show_trials(result: SearchResult, console: Console) -> None:
 def cells(row: TrialRow, on_front: bool) -> list[str]:
     """A trial's cells."""
     system = row.config["system"]
+    point = seeded(row.point, row.config["seed"], row.repeat_of)
     return [
         "*" if on_front else "",
         row.trial_id,
         why_ended(row.status, row.reason),
-        describe(row.point, system["strategy"], system["n_gpus"]),
+        describe(point, system["strategy"], system["n_gpus"]),
         f"{row.tokens:,}",
         optional(row.loss, ".4f"),
         optional(row.loss_at_budget, ".3f"),

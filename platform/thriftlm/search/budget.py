@@ -20,6 +20,10 @@ FIRST_REPORT_SECONDS = 60.0
 """From allocation to the first report, before any trial has shown it: 8 to 20 s of start-up
 measured on two cores, and training."""
 
+MOST_KEPT, KEPT_MARGIN = 0.25, 1.3
+"""Share of the search budget that is kept for repeats at most, since a search that cannot look
+around has nothing worth repeating; and how much more than the first run a repeat may take."""
+
 FirstReport = Callable[[RunSpec], float]
 """Seconds from allocation to the first report to expect of a run."""
 
@@ -33,8 +37,8 @@ class Budget:
     trials: int | None = None
     first_report: FirstReport | None = None
     """Who knows it better than `expected_first_report`."""
-    kept: float = 0.0
-    """Share of dollars and hours that is kept for the repeats of winner and runner-up."""
+    repeats: int = 1
+    """Seeds of winner and runner-up for which dollars and hours are kept."""
 
     def refusal(
         self, state: SearchState, now: float, *, usd_per_hour: float, run: RunSpec | None = None
@@ -61,20 +65,27 @@ class Budget:
             trial.allocations[-1].usd_per_hour * self.reserve_seconds(state, trial, now) / 3600
             for trial in state.running
         )
-        if state.spent_usd(now) + reserved + more_usd <= self.usd * (1 - self.kept):
+        kept = self.kept(self.usd, state, lambda trial: trial.usd(now))
+        if state.spent_usd(now) + reserved + more_usd <= self.usd - kept:
             return None
-        return f"search budget of {self.usd:g} USD{self._but}"
+        return f"search budget of {self.usd:g} USD{_less(kept)}"
 
     def _hours_passed(self, state: SearchState, now: float, seconds: float) -> str | None:
         if self.hours is None:
             return None
-        if state.hours(now) + seconds / 3600 <= self.hours * (1 - self.kept):
+        kept = self.kept(self.hours, state, lambda trial: trial.held_seconds(now) / 3600)
+        if state.hours(now) + seconds / 3600 <= self.hours - kept:
             return None
-        return f"search budget of {self.hours:g} hours{self._but}"
+        return f"search budget of {self.hours:g} hours{_less(kept)}"
 
-    @property
-    def _but(self) -> str:
-        return f" but {self.kept:.0%} for repeats" if self.kept else ""
+    def kept(
+        self, limit: float, state: SearchState, of_trial: Callable[[TrialState], float]
+    ) -> float:
+        """Of a limit, what is kept for repeats: those of the dearest trial, at most a quarter."""
+        if self.repeats == 1:
+            return 0.0
+        dearest = max(map(of_trial, state.trials.values()), default=0.0)
+        return min(MOST_KEPT * limit, KEPT_MARGIN * 2 * (self.repeats - 1) * dearest)
 
     def reserve_seconds(self, state: SearchState, trial: TrialState, now: float) -> float:
         """Seconds from now until a running trial has ended when it is stopped as late as can be."""
@@ -101,6 +112,10 @@ class Budget:
             self._to_first_report(state, trial.run)
         ]
         return max(others, default=first)
+
+
+def _less(kept: float) -> str:
+    return f" less {kept:.3g} for repeats" if kept else ""
 
 
 def expected_first_report(state: SearchState) -> float:

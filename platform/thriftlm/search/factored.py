@@ -24,7 +24,7 @@ from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior,
 from thriftlm.search.journal import Allocated, Ended, Event, Reported, SearchStarted, Suggested
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS, Predicted, fresh_tokens, loss_of
-from thriftlm.search.repeats import kept_share
+from thriftlm.search.repeats import exploring
 from thriftlm.search.scalar import expected_improvement, line, predictions
 from thriftlm.search.scoring import configuration_of, loss_unit
 from thriftlm.search.space import Space
@@ -95,6 +95,7 @@ class Factored(Searcher):
         self.repeats: set[str] = set()
         self.unique_tokens: float | None = None
         self.unit = loss_unit(space)
+        self.exploring = exploring(space.search_budget, space.search.repeats, None)
         self.learned_from = 0
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
         self._budget_tokens()
@@ -230,8 +231,9 @@ class Factored(Searcher):
         missing = CONFIRMED * self.tokens_at_budget[recipe] - self._tokens(recipe)
         if missing <= 0:
             return None
-        total, kept = self.space.search_budget.usd, kept_share(self.space.search.repeats)
-        left = np.inf if total is None else total * (1 - kept) - state.spent_usd(state.last_at)
+        total, now = self.space.search_budget.usd, state.last_at
+        left = np.inf if total is None else total - state.spent_usd(now)
+        left -= self.exploring.kept(total or 0.0, state, lambda trial: trial.usd(now))
         price = missing * self._usd_per_token(*self.places[leader])
         return leader if is_last or left < RESERVE * price else None
 

@@ -1,8 +1,8 @@
 """Winner and runner-up with other seeds, so that luck of a seed does not decide between them.
 
 When nothing else is left to do, both are trained again with the seeds that follow the search's own,
-each to the tokens of its first run, on the same system. A share of the search budget is kept for
-that from the beginning; seeds that it does not bear are left out, and the answer says so.
+each to the tokens of its first run, on the same system. Money is kept for that; seeds that it does
+not bear are left out, and the answer says so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,14 @@ from thriftlm.search.settings import SearchBudget
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec
 
-SHARE = 0.25
-"""Of dollars and hours of the search that are kept for repeats, however many seeds are asked for:
-what they cost depends on how far the winner was trained, which nobody knows beforehand."""
 CONTENDERS = 2
 """Winner and runner-up."""
 MARGIN = 1.05
 """A repeat may take so much longer than the first run did."""
 
 
-def kept_share(repeats: int) -> float:
-    """Share of dollars and hours that the search leaves for repeats."""
-    return SHARE if repeats > 1 else 0.0
-
-
 def exploring(limits: SearchBudget, repeats: int, first_report: FirstReport | None) -> Budget:
-    """What the search may use before its repeats.
+    """What the search may use before its repeats: less than the budget, see `Budget.kept`.
 
     Their trials are left out of the limit too, unless fewer than two trials would remain.
     """
@@ -35,7 +27,7 @@ def exploring(limits: SearchBudget, repeats: int, first_report: FirstReport | No
     trials = limits.trials
     if trials is not None and trials - needed >= CONTENDERS:
         trials -= needed
-    return Budget(limits.usd, limits.hours, trials, first_report, kept_share(repeats))
+    return Budget(limits.usd, limits.hours, trials, first_report, repeats)
 
 
 def have_begun(state: SearchState) -> bool:
@@ -56,8 +48,7 @@ def missing(
 
 def seconds(first: TrialState) -> float:
     """Of an allocation that repeats a trial: what that took, and a stop one report late."""
-    held = sum((a.until or a.since) - a.since for a in first.allocations)
-    reports = max(1, len(first.curve))
+    held, reports = first.held_seconds(first.allocations[-1].since), max(1, len(first.curve))
     return MARGIN * held * (1 + 1 / reports) + STOP_SECONDS
 
 

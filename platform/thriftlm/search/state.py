@@ -98,6 +98,10 @@ class TrialState:
         """Dollars of all its allocations."""
         return sum(allocation.usd(now) for allocation in self.allocations)
 
+    def held_seconds(self, now: float) -> float:
+        """Seconds of all its allocations."""
+        return sum((now if a.until is None else a.until) - a.since for a in self.allocations)
+
     def tokens_per_s(self) -> float | None:
         """Median measured tokens per second over all its GPUs."""
         rates = sorted(p.tokens_per_s for p in self.curve if p.tokens_per_s is not None)

@@ -10,6 +10,7 @@ The searcher is fed with the events of the journal and nothing else, so that the
 the same decisions, also when it is replayed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,10 +51,8 @@ RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
 FUTURE_SHARE = 0.25
 """Of the training budget: dollars that a cheaper system would save on, when a probe is weighed."""
-LEARNED = 3
-"""Rounds in which scales are learned for an answer."""
-PROPOSED = 20
-"""Recipes resolved per proposal until one of them is a run."""
+PROPOSED, LEARNED = 20, 3
+"""Recipes resolved per proposal until one is a run; rounds of learning scales for an answer."""
 
 
 @dataclass(frozen=True)
@@ -164,16 +163,14 @@ class Factored(Searcher):
         self.log_usd = usd[self.menu.shape_of] - self.log_speed
 
     def _valued(
-        self, recipes: NDArray[np.intp], posterior: Posterior, tried: int, share: float = 0.5
+        self, recipes: NDArray[np.intp], posterior: Posterior, tried: int, vary: bool = True
     ) -> Posterior:
-        """What drives, instead of log loss."""
+        """What drives, instead of log loss; in `pareto` with another weight for every trial."""
+        rng = np.random.default_rng([self.space.search.seed, len(self.places)])
+        share = float(rng.random()) if vary else 0.5
         asked, weights = self.space.objective_name, self.space.objective_weights
         usd, speed = self.log_usd[recipes], self.log_speed[recipes]
         return line(asked, weights, posterior.mean, usd, speed, tried, share).of(posterior)
-
-    def _share(self) -> float:
-        """Of the loss in `pareto`: another with every trial."""
-        return float(np.random.default_rng([self.space.search.seed, len(self.places)]).random())
 
     # --- rungs ------------------------------------------------------------------------------------
 
@@ -206,6 +203,10 @@ class Factored(Searcher):
         if trial.tokens < self.targets[trial.trial_id]:
             return None
         return f"{PAUSED} at {trial.tokens} tokens"
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """The rung, or the end, where its budget buys no more."""
+        return math.ceil(self.targets[trial.trial_id])
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
@@ -267,7 +268,7 @@ class Factored(Searcher):
         if not self.parts.predicted:
             return {r: self.records[r].loss[-1] for r in tried.tolist()}
         recipes, posterior = self._posterior()
-        posterior = self._valued(recipes, posterior, len(recipes), self._share())
+        posterior = self._valued(recipes, posterior, len(recipes))
         place = {r: i for i, r in enumerate(recipes.tolist())}
         means = posterior.mean
         return {r: float(means[place[r]]) if r in place else np.inf for r in tried.tolist()}
@@ -337,7 +338,7 @@ class Factored(Searcher):
         if not len(tried):
             return None
         recipes, posterior = self._posterior()
-        posterior = self._valued(recipes, posterior, len(recipes))
+        posterior = self._valued(recipes, posterior, len(recipes), vary=False)
         spread = posterior.sd_within(np.arange(len(recipes)))
         best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
         by_recipe = defaultdict(list)
@@ -390,8 +391,7 @@ class Factored(Searcher):
             covariance = covariance - np.outer(covariance[i], covariance[i]) / (
                 covariance[i, i] + 1e-5
             )
-        joint = Posterior(posterior.mean, covariance)
-        posterior = self._valued(recipes, joint, len(known), self._share())
+        posterior = self._valued(recipes, Posterior(posterior.mean, covariance), len(known))
         new = slice(len(known) + len(blind), None)
         if not len(known):
             return -posterior.mean[new]

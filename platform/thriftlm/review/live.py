@@ -18,6 +18,7 @@ from thriftlm.review.wording import (
     describe,
     duration,
     optional,
+    seeded,
     shortened,
     usd,
     why_ended,
@@ -151,7 +152,8 @@ class LiveView:
 
 def what(trial: TrialState) -> str:
     """What sets the trial apart."""
-    return describe(trial.point, trial.run.system.strategy, trial.run.system.n_gpus)
+    point = seeded(trial.point, trial.run.seed, trial.repeat_of)
+    return describe(point, trial.run.system.strategy, trial.run.system.n_gpus)
 
 
 def measured(trial: TrialState) -> str:

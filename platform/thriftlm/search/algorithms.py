@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import optuna
 
+from thriftlm.search.domains import contains
 from thriftlm.search.journal import Event
-from thriftlm.search.objective import rank
+from thriftlm.search.objective import Predicted, rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
@@ -73,6 +74,8 @@ class Searcher:
 
     pauses = False
     """Whether stopped trials may go on."""
+    predicts = False
+    """Whether `predicted` has an answer."""
 
     def __init__(self, space: Space, algorithm: Algorithm) -> None:
         self.space, self.algorithm = space, algorithm
@@ -99,7 +102,11 @@ class Searcher:
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now."""
         scores = score_trials(self.space, state, state.trials.values(), samples=FEW_SAMPLES)
-        return next(iter(rank(scores)), None)
+        return next((t for t in rank(scores) if state.trials[t].repeat_of is None), None)
+
+    def predicted(self) -> Mapping[str, Predicted]:
+        """Its own predictions of the loss at budget by `configuration_of`, drawn jointly."""
+        return {}
 
 
 def started(space: Space) -> Searcher:
@@ -139,12 +146,19 @@ def _new(
         yield Proposal(point, run)
 
 
+def _is_inside(space: Space, trial: TrialState) -> bool:
+    domains = space.domains.items()
+    return all(contains(domain, trial.point[path]) for path, domain in domains)
+
+
 def _history(
     space: Space, state: SearchState, distributions: dict[str, Any]
 ) -> list[optuna.trial.FrozenTrial]:
     scores = score_trials(space, state, state.trials.values(), samples=FEW_SAMPLES)
     history = []
     for trial in state.trials.values():
+        if trial.number < len(space.starts) and not _is_inside(space, trial):
+            continue  # the user's own configuration, with values that the space does not have
         score = scores.get(trial.trial_id)
         values = None
         if score is not None:
@@ -155,7 +169,7 @@ def _history(
             continue
         history.append(
             optuna.trial.create_trial(
-                params=trial.point,
+                params={path: trial.point[path] for path in distributions},
                 distributions=distributions,
                 values=values,
                 state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,

@@ -14,7 +14,7 @@ learning them by marginal likelihood earned nothing in simulated worlds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,22 @@ class Points:
     log_loss: Floats
 
 
+@dataclass
+class Record:
+    """What is known of one recipe."""
+
+    tokens: list[float]
+    loss: list[float]
+    diverged: bool = False
+    others: dict[str, dict[float, float]] = field(default_factory=dict)
+    """Losses by tokens of each repeat with another seed."""
+
+    def mean(self, tokens: float, loss: float) -> float:
+        """A loss with those that other seeds have at the same tokens."""
+        seeds = [loss, *(other[tokens] for other in self.others.values() if tokens in other)]
+        return sum(seeds) / len(seeds)
+
+
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """Scores of recipes (R,): log loss at the training budget, and how they vary together."""
@@ -87,6 +103,11 @@ class Posterior:
         own = np.diag(self.covariance)
         variance = own + own[other] - 2 * self.covariance[:, other]
         return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
+
+    def draws(self, count: int, seed: int) -> Floats:
+        """Scores drawn together (count, R)."""
+        rng = np.random.default_rng(seed)
+        return rng.multivariate_normal(self.mean, self.covariance, count, method="eigh")
 
     def sd_within(self, group: NDArray[np.intp]) -> Floats:
         """Of the scores of a group against the group's mean: what all share decides nothing."""
@@ -183,6 +204,14 @@ def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
     x, y = log_n - np.log(3e8), log_d - np.log(1e10)
     exponents = [-law.alpha * x * share[:, 1], -law.beta * y * share[:, 2]]
     return np.column_stack([share, *exponents])
+
+
+def nearness(one: Features, other: Features) -> Floats:
+    """Weights (P, Q) by which recipes tell of each other's divergence: 1 for equal ones."""
+    distance = (one.u[:, None] - other.u[None, :]) ** 2
+    distance += (0.5 * (one.log_n[:, None] - other.log_n[None, :])) ** 2
+    distance += (one.words[:, None, :] != other.words[None, :, :]).sum(axis=2)
+    return np.asarray(np.exp(-2 * distance))
 
 
 def _alike(one: Features, other: Features) -> Floats:

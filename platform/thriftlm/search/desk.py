@@ -7,10 +7,11 @@ takes effect, and all of it can be replayed.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from thriftlm import prices
-from thriftlm.search import algorithms, lessons
+from thriftlm.search import algorithms, lessons, repeats
 from thriftlm.search.asha import rung_reached, rungs_of, survives
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
@@ -30,12 +31,14 @@ from thriftlm.search.journal import (
     Suggested,
 )
 from thriftlm.search.objective import Score
+from thriftlm.search.ranking import ranking
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
 
 INTERRUPTED = "interrupted"
+REPEATED = "winner and runner-up were trained with other seeds"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,14 @@ class Desk:
         self.settings = space.search
         limits = space.search_budget
         self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
+        self.exploring = repeats.exploring(limits, self.settings.repeats, first_report)
         self.algorithm = searcher(space)
+        found = [(start, space.resolve(start.point, space.search.seed)) for start in space.starts]
+        self.starts = [
+            algorithms.Proposal(start.point, run)
+            for start, run in found
+            if isinstance(run, RunSpec) and capacity.can_ever_hold(run.system)
+        ]
         for event in journal.events:
             self.algorithm.observe(event)
         self.interrupted = False
@@ -111,16 +121,55 @@ class Desk:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
+        if self.settings.repeats == 1:
+            return self._explore()
+        begun = repeats.have_begun(self.state)
+        found = Finished(REPEATED) if begun else self._explore()
+        return self._repeat(found) if isinstance(found, Finished) else found
+
+    def _explore(self) -> TrialState | Wait | Finished:
         waiting = self.state.waiting
         fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
         if isinstance(trial, Finished) and later and self._may_wait():
             return Wait()
-        if isinstance(trial, Finished | Wait):
-            return trial
+        return trial if isinstance(trial, Finished | Wait) else self._admitted(trial)
+
+    def _repeat(self, explored: Finished) -> TrialState | Wait | Finished:
+        """Winner or runner-up with another seed; `explored` where none is left or borne."""
+        if any(trial.repeat_of is None for trial in self.state.running) or self._is_full():
+            return Wait()
+        begun = next((t for t in self.state.waiting if t.repeat_of is not None), None)
+        if begun is not None:
+            return self._admitted(begun)
+        seed, wanted = self.space.search.seed, self.settings.repeats
+        for left in repeats.missing(self.state, self.contenders, seed, wanted):
+            firsts = [first for first, _ in left]
+            if not repeats.are_borne(self.budget, self.state, self.clock(), firsts):
+                break
+            first, run = left[0]
+            again = algorithms.Proposal(first.point, run)
+            return self._admitted(self._suggested(again, first.trial_id))
+        return Wait() if self.state.running else explored
+
+    @cached_property
+    def contenders(self) -> list[TrialState]:
+        """Winner and runner-up before their repeats, which are the last trials."""
+        events = self.journal.events
+        first = (i for i, e in enumerate(events) if isinstance(e, Suggested) and e.repeat_of)
+        before = SearchState(events[: next(first, len(events))])
+        found = ranking(self.space, before)
+        both = [self.state.trials[t.trial_id] for t in (found.winner, found.runner_up) if t]
+        return [trial for trial in both if trial.allocations]
+
+    def _budget_of(self, trial: TrialState) -> Budget:
+        return self.exploring if trial.repeat_of is None else self.budget
+
+    def _admitted(self, trial: TrialState) -> TrialState | Wait | Finished:
+        """The trial with its resources held, where budget and cluster have room for it."""
         usd_per_hour, price = self.price_of(trial.run)
-        refusal = self.budget.refusal(
+        refusal = self._budget_of(trial).refusal(
             self.state,
             self.clock(),
             usd_per_hour=usd_per_hour,
@@ -151,9 +200,10 @@ class Desk:
             Reported(at=self.clock(), trial_id=trial_id, progress=progress, checkpoint=checkpoint)
         )
         if progress.status == "running" and trial.stop_reason is None:
-            reason = self.budget.stop_reason(self.state, trial, self.clock())
-            reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
-            self._ask_to_end(trial, reason)
+            reason = self._budget_of(trial).stop_reason(self.state, trial, self.clock())
+            if trial.repeat_of is None:
+                reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
+            self._ask_to_end(trial, reason or repeats.reached(self.state, trial))
         return trial.stop_reason is not None
 
     def check_budget(self) -> bool:
@@ -169,7 +219,7 @@ class Desk:
         if max(late.values(), default=0.0) <= 0:
             return False
         for trial in sorted(going, key=lambda t: late[t.trial_id], reverse=True):
-            self._ask_to_end(trial, self.budget.stop_reason(self.state, trial, now))
+            self._ask_to_end(trial, self._budget_of(trial).stop_reason(self.state, trial, now))
         return any(trial.stop_reason for trial in going)
 
     def end(
@@ -270,29 +320,23 @@ class Desk:
         """A paused trial to go on with, or a new one."""
         if self._is_full():
             return Wait()
-        number = len(self.state.trials)
-        is_last = self.budget.trials is not None and number >= self.budget.trials
+        most = self.exploring.trials
+        is_last = most is not None and len(self.state.trials) >= most
+        left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
+        if not is_last and (start := next(left, None)) is not None:
+            return self._suggested(start)
         paused = self.algorithm.resume(self.state, is_last)
         if paused is not None:
             return self.state.trials[paused]
         may_go_on = self.algorithm.pauses and self.state.running
         if is_last:
-            why = f"search budget of {self.budget.trials} trials"
+            why = f"search budget of {most} trials"
             return Wait() if may_go_on else Finished(why)
         is_later = False
         for proposal in self.algorithm.propose(self.state):
             is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
             if self.capacity.can_hold(proposal.run.system, ()):
-                run = proposal.run
-                event = Suggested(
-                    at=self.clock(),
-                    trial_id=run.trial_id,
-                    number=number,
-                    point=dict(proposal.point),
-                    run=run,
-                )
-                self._write(event)
-                return self.state.trials[run.trial_id]
+                return self._suggested(proposal)
         if may_go_on or (is_later and self._may_wait()):
             return Wait()
         return Finished("every point of the space that fits has been tried")
@@ -302,6 +346,19 @@ class Desk:
         if self.state.running:
             return True
         return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
+
+    def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
+        run = proposal.run
+        event = Suggested(
+            at=self.clock(),
+            trial_id=run.trial_id,
+            number=len(self.state.trials),
+            point=dict(proposal.point),
+            run=run,
+            repeat_of=repeat_of,
+        )
+        self._write(event)
+        return self.state.trials[run.trial_id]
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent
@@ -324,7 +381,8 @@ class Desk:
         rung = rung_reached(rungs, before, trial.tokens)
         if rung is None:
             return None
-        reached = (t for t in self.state.trials.values() if t.tokens >= rung)
+        trials = (t for t in self.state.trials.values() if t.repeat_of is None)
+        reached = (t for t in trials if t.tokens >= rung)
         values = self._values_at(rung, [t for t in reached if self._rungs(t) == rungs])
         factor = self.settings.fidelity.factor
         if trial.trial_id in values and not survives(trial.trial_id, values, factor):

@@ -58,6 +58,8 @@ class Suggested(Event):
     """The varied fields by dotted path, as sampled."""
     run: RunSpec
     """The whole run."""
+    repeat_of: str | None = None
+    """The trial that it trains again with another seed."""
 
 
 class Allocated(Event):

@@ -9,21 +9,22 @@ from thriftlm_models.counts import non_embedding_params, stored_params
 
 def recorded_rows(state: SearchState) -> list[dict[str, Any]]:
     """One row per trial and report, in order of proposal; trials that never started have none."""
+    varied = list(dict.fromkeys(path for trial in state.trials.values() for path in trial.point))
     unique = state.started.unique_tokens if state.started else {}
     return [
         row
         for trial in sorted(state.trials.values(), key=lambda trial: trial.number)
-        for row in _rows(trial, unique)
+        for row in _rows(trial, unique, varied)
     ]
 
 
-def _rows(trial: TrialState, unique: dict[str, int]) -> list[dict[str, Any]]:
+def _rows(trial: TrialState, unique: dict[str, int], varied: list[str]) -> list[dict[str, Any]]:
     if not trial.allocations:
         return []
     run = trial.run
     fixed = {
         "run_id": trial.trial_id,
-        **trial.point,
+        **{path: _value(trial, path) for path in varied},
         "params": stored_params(run.model),
         "non_embedding_params": non_embedding_params(run.model),
         "unique_tokens": unique.get(digest(identity(run.data))),
@@ -34,6 +35,16 @@ def _rows(trial: TrialState, unique: dict[str, int]) -> list[dict[str, Any]]:
         fixed | _report(report, run.system.n_gpus, usd_per_hour, _status(trial, report is last))
         for report in trial.curve
     ]
+
+
+def _value(trial: TrialState, path: str) -> Any:
+    """A field of the point; of one that only the user's own configuration sets, the run's value."""
+    if path in trial.point:
+        value = trial.point[path]
+    else:
+        section, field = path.split(".")
+        value = getattr(getattr(trial.run, section), field)
+    return str(list(value)) if isinstance(value, list | tuple) else value
 
 
 def _report(report: Progress, n_gpus: int, usd_per_hour: float, status: str) -> dict[str, Any]:

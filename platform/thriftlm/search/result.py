@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from thriftlm.search.objective import Score, rank
-from thriftlm.search.scoring import score_trials
+from pydantic import Field
+
+from thriftlm.search.confidence import Confidence, Judge, StartComparison
+from thriftlm.search.hypervolume import over_time
+from thriftlm.search.next_dollars import NextDollars, next_dollars
+from thriftlm.search.objective import Score
+from thriftlm.search.ranking import ranking
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, Spec
@@ -31,6 +36,10 @@ class TrialRow(Spec):
     """Last validation loss in nats per token, measured."""
     loss_at_budget: float | None
     """Predicted loss at the training budget."""
+    p_best: float | None
+    """Probability that it is the best of those tried; None where it was not compared."""
+    repeat_of: str | None
+    """The trial that it trains again with another seed."""
     tokens_per_s: float | None
     """Tokens per second over all GPUs, measured."""
     usd: float
@@ -55,6 +64,10 @@ class Best(Spec):
     """Tokens that the training budget buys."""
     extrapolation: float | None
     """`tokens_at_budget` over the most tokens that the recipe was trained for."""
+    effective_tokens: float | None = None
+    """Fresh tokens that `tokens_at_budget` is worth where the corpus has to be repeated."""
+    best_system: str | None = None
+    """System of the trials on which its recipe gets the most tokens."""
 
 
 class SearchResult(Spec):
@@ -74,8 +87,17 @@ class SearchResult(Spec):
     """Wall-clock hours."""
     best: Best | None
     """None when no trial gave a score."""
+    confidence: Confidence | None = None
+    """How sure it is; None when no trial gave a score."""
+    next: NextDollars | None = None
+    """What the next dollars should buy; None where nothing promises a gain."""
+    start_from: list[StartComparison] = Field(default_factory=list)
+    """The winner against the user's own configurations, in the order of the file."""
     pareto: list[str]
     """Trials that no other beats in both loss at budget and dollars per token."""
+    hypervolume: list[tuple[float, float]] | None = None
+    """For the objective `pareto`: dollars spent and area that the trials so far dominate, at the
+    end of each trial; see `search.hypervolume`."""
     trials: list[TrialRow]
     """All trials, best first, then those without a score."""
 
@@ -83,9 +105,10 @@ class SearchResult(Spec):
 def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
     """The answer as far as the journal tells it, with the scores behind it."""
     now = state.last_at
-    scores = score_trials(space, state, state.trials.values())
-    order = rank(scores)
-    rest = [trial_id for trial_id in state.trials if trial_id not in scores]
+    stand = ranking(space, state)
+    judge, scores, order = Judge(space, stand), stand.scores, stand.order
+    rest = [trial_id for trial_id in state.trials if trial_id not in order]
+    rows = [row(state.trials[t], scores.get(t), now, judge.p_best(t)) for t in [*order, *rest]]
     result = SearchResult(
         search_id=state.started.search_id if state.started else "",
         status=state.ended.status if state.ended else "running",
@@ -95,8 +118,12 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         budget_usd=space.search_budget.usd,
         hours=state.hours(now),
         best=best(state.trials[order[0]], scores[order[0]]) if order else None,
+        confidence=judge.confidence(),
+        next=next_dollars(judge),
+        start_from=judge.against_starts(),
         pareto=[trial_id for trial_id in order if scores[trial_id].pareto],
-        trials=[row(state.trials[t], scores.get(t), now) for t in [*order, *rest]],
+        hypervolume=over_time(stand) if space.objective_name == "pareto" else None,
+        trials=rows,
     )
     return result, scores
 
@@ -112,28 +139,29 @@ def best(trial: TrialState, score: Score) -> Best:
         usd_per_btok=score.usd_per_btok,
         tokens_at_budget=score.tokens_at_budget,
         extrapolation=score.extrapolation,
+        effective_tokens=score.effective_tokens,
+        best_system=score.best_system,
     )
 
 
-def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
+def row(
+    trial: TrialState, score: Score | None, now: float, p_best: float | None = None
+) -> TrialRow:
     """One trial's line of the answer."""
-    status = trial.status or _unended(trial)
     return TrialRow(
         trial_id=trial.trial_id,
-        status=status,
+        status=trial.stage,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),
         point=trial.point,
         tokens=trial.tokens,
         loss=trial.loss,
         loss_at_budget=score.loss_at_budget if score else None,
+        p_best=p_best,
+        repeat_of=trial.repeat_of,
         tokens_per_s=trial.tokens_per_s(),
         usd=trial.usd(now),
     )
-
-
-def _unended(trial: TrialState) -> str:
-    return "running" if trial.is_running else "paused" if trial.is_paused else "waiting"
 
 
 def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:

@@ -1,13 +1,14 @@
 """From trials to scores: which points of which curves enter, and what a token costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from threadpoolctl import threadpool_limits
 
-from thriftlm.search.objective import LossUnit, Observation, Score, curve_of, score_all
+from thriftlm.search.comparison import Comparison, compare
+from thriftlm.search.objective import LossUnit, Observation, Predicted, Score, curve_of
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import Status
+from thriftlm.spec import RunSpec, Status
 from thriftlm_models.counts import non_embedding_params
 
 INTERVAL_SAMPLES = 64
@@ -27,24 +28,53 @@ def score_trials(
     """The score of every trial that measured a loss and did not diverge, by trial id.
 
     With `until_tokens` only the reports up to the first that reached it count, so that trials are
-    compared at a rung on equal terms. Who needs no interval asks for `FEW_SAMPLES`. Losses are in
-    bits per byte where the tokenizer varies.
+    compared at a rung on equal terms. Who needs no interval asks for `FEW_SAMPLES`.
+    """
+    found = compare_trials(space, state, trials, until_tokens=until_tokens, samples=samples)
+    return {} if found is None else found.scores
+
+
+def compare_trials(
+    space: Space,
+    state: SearchState,
+    trials: Iterable[TrialState],
+    *,
+    until_tokens: int | None = None,
+    samples: int = INTERVAL_SAMPLES,
+    predicted: Mapping[str, Predicted] | None = None,
+) -> Comparison | None:
+    """The same with the draws behind the scores; None while nothing can be scored.
+
+    Seeds of one configuration are one curve. `predicted` are a searcher's own predictions by
+    `configuration_of`.
     """
     if state.started is None:
-        return {}
-    unit: LossUnit = "bits_per_byte" if "data.tokenizer" in space.domains else "nats_per_token"
+        return None
+    unit = loss_unit(space)
     observations = [observation(trial, unit, until_tokens) for trial in trials]
     with threadpool_limits(1):  # the cores belong to the workers
-        return score_all(
+        return compare(
             observations,
             budget_usd=space.training_budget.usd,
             budget_hours=space.training_budget.hours,
             unique_tokens=min(state.started.unique_tokens.values(), default=None),
             objective=space.objective_name,
             weights=space.objective_weights,
+            target_loss=space.target_loss,
             samples=samples,
             seed=space.search.seed,
+            predicted=predicted,
         )
+
+
+def loss_unit(space: Space) -> LossUnit:
+    """Of the losses that are compared: bits per byte where the tokenizer varies."""
+    return "bits_per_byte" if "data.tokenizer" in space.domains else "nats_per_token"
+
+
+def configuration_of(run: RunSpec) -> str:
+    """Identity of a recipe whatever its seed: what the seeds of one configuration share."""
+    return run.recipe_id if run.seed == 0 else run.model_copy(update={"seed": 0}).recipe_id
 
 
 def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> Observation:
@@ -55,11 +85,11 @@ def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> 
     ]
     rate = trial.tokens_per_s()
     usd_per_hour = trial.allocations[-1].usd_per_hour if trial.allocations else None
-    system = trial.run.system
+    system, recipe = trial.run.system, configuration_of(trial.run)
     return Observation(
         trial_id=trial.trial_id,
-        recipe_id=trial.run.recipe_id,
-        curve=curve_of(trial.run.recipe_id, non_embedding_params(trial.run.model), reports, unit),
+        recipe_id=recipe,
+        curve=curve_of(recipe, non_embedding_params(trial.run.model), reports, unit),
         usd_per_token=usd_per_hour / (rate * 3600) if rate and usd_per_hour else None,
         tokens_per_s_total=rate,
         basis="measured",

@@ -66,6 +66,8 @@ class TrialState:
     status: str | None = None
     reason: str = ""
     checkpoint: str | None = None
+    repeat_of: str | None = None
+    """The trial that it trains again with another seed."""
 
     @property
     def is_running(self) -> bool:
@@ -89,6 +91,13 @@ class TrialState:
         return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
 
     @property
+    def stage(self) -> str:
+        """How it ended, else `running`, `paused` or `waiting`."""
+        if self.status is not None:
+            return self.status
+        return "running" if self.is_running else "paused" if self.is_paused else "waiting"
+
+    @property
     def tokens(self) -> int:
         """Tokens trained so far."""
         return self.curve[-1].tokens if self.curve else 0
@@ -101,6 +110,10 @@ class TrialState:
     def usd(self, now: float) -> float:
         """Dollars of all its allocations."""
         return sum(allocation.usd(now) for allocation in self.allocations)
+
+    def held_seconds(self, now: float) -> float:
+        """Seconds of all its allocations."""
+        return sum((now if a.until is None else a.until) - a.since for a in self.allocations)
 
     def tokens_per_s(self) -> float | None:
         """Median measured tokens per second over all its GPUs."""
@@ -116,6 +129,7 @@ class SearchState:
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.events: list[Event] = []
         self.trials: dict[str, TrialState] = {}
         self.idle: dict[str, IdleGang] = {}
         self.idle_before_usd = 0.0
@@ -140,6 +154,7 @@ class SearchState:
         self._apply(event)
         if not isinstance(event, RunMinted):  # a slow tracking server does not prolong a search
             self.last_at = event.at
+            self.events.append(event)
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far, and of gangs while they had no trial."""
@@ -199,7 +214,9 @@ class SearchState:
 
     @_apply.register
     def _(self, event: Suggested) -> None:
-        trial = TrialState(event.trial_id, event.number, event.point, event.run)
+        trial = TrialState(
+            event.trial_id, event.number, event.point, event.run, repeat_of=event.repeat_of
+        )
         self.trials[event.trial_id] = trial
         self._place(trial)
 

@@ -1,10 +1,20 @@
-"""What timing a system gave, as workers report it and the journal keeps it."""
+"""What timing a system takes and gives, as workers report it and the journal keeps it."""
 
+import math
 from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from thriftlm.spec import Spec, SystemSpec
+
+REPEATS, REPEAT_SECONDS = 3, 2.0
+"""Times that a system is timed, and about how long each: whole steps, at least one."""
+WARM_UP_STEPS, MOST_STEPS = 2, 50
+"""Steps before the first that counts (a trial leaves out the first of a process, which pays set-up;
+the second says how many make a repeat), and the most of a repeat."""
+SET_UP_SECONDS = 10.0
+"""To build a model and an engine and to free them, in processes that run already. On two shared
+cores 1 to 3 s were measured for tiny models, 14 s with a compiler; assumed for others."""
 
 
 class Timing(Spec):
@@ -30,3 +40,14 @@ class Timing(Spec):
     """Wall clock of all of it, set-up included."""
     detail: str = ""
     """Why it was not timed."""
+
+
+def steps_of_repeat(seconds_per_step: float, seconds: float = REPEAT_SECONDS) -> int:
+    """Optimizer steps that are timed together."""
+    return min(MOST_STEPS, max(1, math.ceil(seconds / seconds_per_step)))
+
+
+def expected_seconds(seconds_per_step: float) -> float:
+    """What timing one system takes."""
+    steps = WARM_UP_STEPS + REPEATS * steps_of_repeat(seconds_per_step)
+    return SET_UP_SECONDS + steps * seconds_per_step

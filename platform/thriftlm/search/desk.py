@@ -19,6 +19,7 @@ from thriftlm.search.journal import (
     Ended,
     Event,
     Journal,
+    Probed,
     Released,
     Reported,
     SearchEnded,
@@ -31,6 +32,7 @@ from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
+from thriftlm.timings import Timing
 
 INTERRUPTED = "interrupted"
 
@@ -138,6 +140,14 @@ class Desk:
             self._ask_to_end(trial, reason)
         return trial.stop_reason is not None
 
+    def probed(self, trial_id: str, timing: Timing) -> bool:
+        """Take a system that a probe timed into account; whether the probe must end now."""
+        trial = self.state.trials[trial_id]
+        self._write(Probed(at=self.clock(), trial_id=trial_id, timing=timing))
+        if trial.systems_left and trial.stop_reason is None:
+            self._ask_to_end(trial, self.budget.stop_reason(self.state, trial, self.clock()))
+        return trial.stop_reason is not None
+
     def check_budget(self) -> bool:
         """Whether a trial was asked to end because the budget does not bear that it is late.
 
@@ -200,6 +210,9 @@ class Desk:
             return Wait()
         number = len(self.state.trials)
         is_last = self.budget.trials is not None and number >= self.budget.trials
+        probe = None if is_last else self.algorithm.probe(self.state)
+        if probe is not None and self._may_start(probe.run):  # else it would be in others' way
+            return self._suggested(probe)
         paused = self.algorithm.resume(self.state, is_last)
         if paused is not None:
             return self.state.trials[paused]
@@ -209,19 +222,29 @@ class Desk:
             return Wait() if may_go_on else Finished(why)
         for proposal in self.algorithm.propose(self.state):
             if self.capacity.can_ever_hold(proposal.run.system):
-                run = proposal.run
-                event = Suggested(
-                    at=self.clock(),
-                    trial_id=run.trial_id,
-                    number=number,
-                    point=dict(proposal.point),
-                    run=run,
-                )
-                self._write(event)
-                return self.state.trials[run.trial_id]
+                return self._suggested(proposal)
         return (
             Wait() if may_go_on else Finished("every point of the space that fits has been tried")
         )
+
+    def _suggested(self, proposal: algorithms.Proposal) -> TrialState:
+        event = Suggested(
+            at=self.clock(),
+            trial_id=proposal.trial_id,
+            number=len(self.state.trials),
+            point=dict(proposal.point),
+            run=proposal.run,
+            systems=proposal.systems,
+        )
+        self._write(event)
+        return self.state.trials[proposal.trial_id]
+
+    def _may_start(self, run: RunSpec) -> bool:
+        """Whether cluster and budget bear it now."""
+        refusal = self.budget.refusal(
+            self.state, self.clock(), usd_per_hour=self.price_of(run)[0], run=run
+        )
+        return refusal is None and self.capacity.can_ever_hold(run.system)
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

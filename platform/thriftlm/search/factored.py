@@ -22,9 +22,10 @@ from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
 from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
-from thriftlm.search.journal import Allocated, Ended, Event, Reported, Suggested
+from thriftlm.search.journal import Allocated, Ended, Event, Probed, Reported, Suggested
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS
+from thriftlm.search.probing import Prober
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
@@ -70,6 +71,8 @@ class Parts:
     """Rungs are shares of each recipe's budget, instead of tokens."""
     confirm: bool = True
     """The winner is trained to a third of its budget before the money ends."""
+    probe: bool = True
+    """Before a winner is confirmed, or after, systems are timed with it where that pays."""
     system: str = "best"
     """`best`, `random`, `filtered` (at random within 1.3 of the best), or `fixed` (by a grid)."""
 
@@ -97,6 +100,7 @@ class Factored(Searcher):
         self.records: dict[int, Record] = {}
         self.targets: dict[str, float] = {}
         self.failed: set[str] = set()
+        self.prober = Prober(space, self.menu, self.systems)
         self.learned_from = 0
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
         self._budget_tokens()
@@ -106,8 +110,13 @@ class Factored(Searcher):
     def observe(self, event: Event) -> None:
         """Take an event of the journal into account."""
         match event:
-            case Suggested(trial_id=trial_id, point=point):
+            case Suggested(trial_id=trial_id, point=point, systems=systems):
                 self.places[trial_id] = self.menu.locate(point)
+                if systems:
+                    self.prober.trials.add(trial_id)
+            case Probed(trial_id=trial_id, timing=timing):
+                if self.prober.timed(self.places[trial_id][0], timing):
+                    self._budget_tokens()
             case Allocated(trial_id=trial_id):
                 self.targets[trial_id] = self._next_rung(trial_id)
             case Reported(trial_id=trial_id, progress=progress):
@@ -184,6 +193,16 @@ class Factored(Searcher):
             return None
         return f"{PAUSED} at {trial.tokens} tokens"
 
+    def probe(self, state: SearchState) -> Proposal | None:
+        """Systems to time with the leader, once it is confirmed or the next thing is to do so."""
+        if not self.parts.probe or (leader := self.leader(state)) is None:
+            return None
+        missing, price = self._to_be_confirmed(leader)
+        if missing > 0 and self._left(state) > RESERVE * price:
+            return None
+        recipe = self.places[leader][0]
+        return self.prober.proposal(state, recipe, self._able(recipe))
+
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
         paused = {
@@ -203,15 +222,23 @@ class Factored(Searcher):
 
     def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
         leader = self.leader(state)
-        if leader is None or (recipe := self.places[leader][0]) not in paused:
+        if leader is None or self.places[leader][0] not in paused:
             return None
-        missing = CONFIRMED * self.tokens_at_budget[recipe] - self._tokens(recipe)
+        missing, price = self._to_be_confirmed(leader)
         if missing <= 0:
             return None
+        return leader if is_last or self._left(state) < RESERVE * price else None
+
+    def _to_be_confirmed(self, leader: str) -> tuple[float, float]:
+        """Tokens that the leader lacks to be believed, and what they cost."""
+        recipe = self.places[leader][0]
+        missing = float(CONFIRMED * self.tokens_at_budget[recipe] - self._tokens(recipe))
+        return missing, missing * self._usd_per_token(*self.places[leader])
+
+    def _left(self, state: SearchState) -> float:
+        """Dollars of the search budget that are not spent."""
         total = self.space.search_budget.usd
-        left = np.inf if total is None else total - state.spent_usd(state.last_at)
-        price = missing * self._usd_per_token(*self.places[leader])
-        return leader if is_last or left < RESERVE * price else None
+        return np.inf if total is None else total - state.spent_usd(state.last_at)
 
     def _usd_per_token(self, recipe: int, system: int) -> float:
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
@@ -313,7 +340,7 @@ class Factored(Searcher):
         best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
         by_recipe = defaultdict(list)
         for trial_id, (recipe, _) in self.places.items():
-            if trial_id in state.trials and trial_id not in self.failed:
+            if trial_id in state.trials and trial_id not in self.failed | self.prober.trials:
                 by_recipe[recipe].append(trial_id)
         return max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
 
@@ -381,10 +408,7 @@ class Factored(Searcher):
 
     def _system(self, recipe: int, state: SearchState, rng: np.random.Generator) -> int | None:
         """The system to try a recipe on."""
-        allowed = self.menu.allowed(recipe).copy()
-        for trial_id in self.failed:
-            if self.places[trial_id][0] == recipe:
-                allowed[self.places[trial_id][1]] = False
+        allowed = self._able(recipe)
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         usd = self.menu.usd_per_hour
         able = allowed & np.isfinite(costs.log_tokens_per_s)
@@ -408,6 +432,14 @@ class Factored(Searcher):
             hope = expected_improvement(gain - gain[best], costs.sd + 1e-9) * (1 - costs.p_oom)
             value = np.where(np.isfinite(price), hope * future - (price - price[best]), -np.inf)
         return int(np.argmax(value))
+
+    def _able(self, recipe: int) -> NDArray[np.bool_]:
+        """Systems that have not failed with a recipe, nor refused its shape (S,)."""
+        allowed = self.menu.allowed(recipe) & self.prober.supported(recipe)
+        for trial_id in self.failed:
+            if self.places[trial_id][0] == recipe:
+                allowed[self.places[trial_id][1]] = False
+        return allowed
 
 
 def expected_improvement(gain: Floats, sd: Floats) -> Floats:

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
+from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
+from thriftlm.timings import Timing
 
 JOURNAL_VERSION = 1
 
@@ -58,6 +59,8 @@ class Suggested(Event):
     """The varied fields by dotted path, as sampled."""
     run: RunSpec
     """The whole run."""
+    systems: tuple[SystemSpec, ...] = ()
+    """What a probe times with the run's model, batch and optimizer; none in a trial that learns."""
 
 
 class Allocated(Event):
@@ -78,6 +81,14 @@ class Reported(Event):
     trial_id: str
     progress: Progress
     checkpoint: str | None = None
+
+
+class Probed(Event):
+    """A probe has timed one of its systems."""
+
+    kind: Literal["probed"] = "probed"
+    trial_id: str
+    timing: Timing
 
 
 class StopRequested(Event):
@@ -130,6 +141,7 @@ AnyEvent = Annotated[
     | Suggested
     | Allocated
     | Reported
+    | Probed
     | StopRequested
     | Released
     | Ended

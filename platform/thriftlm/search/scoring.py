@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from threadpoolctl import threadpool_limits
 
+from thriftlm.search.measured_systems import Measured, best_systems
 from thriftlm.search.objective import LossUnit, Observation, Score, curve_of, score_all
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
@@ -33,7 +34,10 @@ def score_trials(
     if state.started is None:
         return {}
     unit: LossUnit = "bits_per_byte" if "data.tokenizer" in space.domains else "nats_per_token"
-    observations = [observation(trial, unit, until_tokens) for trial in trials]
+    known = best_systems(state)
+    observations = [
+        observation(trial, unit, until_tokens, known.get(trial.shape)) for trial in trials
+    ]
     with threadpool_limits(1):  # the cores belong to the workers
         return score_all(
             observations,
@@ -47,21 +51,21 @@ def score_trials(
         )
 
 
-def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> Observation:
-    """What a trial measured."""
+def observation(
+    trial: TrialState, unit: LossUnit, until_tokens: int | None, best: Measured | None
+) -> Observation:
+    """What a trial measured; what a token costs is that of the best system known for its shape."""
     before = [0, *(report.tokens for report in trial.curve)]
     reports = [
         p for p, b in zip(trial.curve, before, strict=False) if b < (until_tokens or p.tokens)
     ]
-    rate = trial.tokens_per_s()
-    usd_per_hour = trial.allocations[-1].usd_per_hour if trial.allocations else None
-    system = trial.run.system
+    system = best.system if best else trial.run.system
     return Observation(
         trial_id=trial.trial_id,
         recipe_id=trial.run.recipe_id,
         curve=curve_of(trial.run.recipe_id, non_embedding_params(trial.run.model), reports, unit),
-        usd_per_token=usd_per_hour / (rate * 3600) if rate and usd_per_hour else None,
-        tokens_per_s_total=rate,
+        usd_per_token=best.usd_per_token if best else None,
+        tokens_per_s_total=best.tokens_per_s if best else None,
         basis="measured",
         status=outcome(trial),
         system_key=f"{system.n_gpus} x {system.gpu} {system.strategy}",

@@ -8,7 +8,7 @@ of memory, diverged) is what the trial ends with, at what it has cost by then.
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from thriftlm.search.budget import FIRST_REPORT_SECONDS
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.journal import Event, Journal, SearchStarted
+from thriftlm.search.measured_systems import best_systems
 from thriftlm.search.recorded_table import BROKEN, RecordedSpace, Truth
+from thriftlm.search.simulated_probe import timings
 from thriftlm.search.space import Space
 from thriftlm.search.state import TrialState
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
+from thriftlm.timings import Timing
 
 START_UP_SECONDS = FIRST_REPORT_SECONDS
 """From allocation to the first token: what the budget expects before a trial has shown it."""
@@ -47,6 +50,9 @@ class SimulatedSearch(Spec):
     """The best of the table."""
     regret: float | None
     """`best_score` minus `table_best_score`."""
+    system_regret: float | None
+    """Relative excess in dollars per token of the best system that was measured with the answer's
+    model over the best in the table."""
     spent_usd: float
     """What the search cost."""
     trials: int
@@ -130,6 +136,9 @@ class Cluster:
         heapq.heappush(self.queue, (self.clock.now + seconds, next(self.order), action))
 
     def _start(self, trial: TrialState) -> None:
+        if trial.systems:
+            self._after_timing(trial, timings(self.space, trial), self.start_up_seconds)
+            return
         run = self.space.run_of[trial.trial_id]
         where = self.runs.reports(run)
         done = int(np.searchsorted(self.runs.tokens[where], trial.tokens, side="right"))
@@ -144,6 +153,19 @@ class Cluster:
         more = self.runs.tokens[at] - tokens
         seconds = delay + (more / speed if np.isfinite(speed) else 0.0)
         self._after(seconds, lambda: self._report(trial, run, at))
+
+    def _after_timing(self, trial: TrialState, left: Iterator[Timing], delay: float) -> None:
+        timing = next(left, None)
+        if timing is None:
+            self.desk.end(trial.trial_id, "done")
+        else:
+            self._after(delay + timing.seconds, lambda: self._timed(trial, timing, left))
+
+    def _timed(self, trial: TrialState, timing: Timing, left: Iterator[Timing]) -> None:
+        if self.desk.probed(trial.trial_id, timing):
+            self.desk.end(trial.trial_id, "stopped")
+        else:
+            self._after_timing(trial, left, 0.0)
 
     def _report(self, trial: TrialState, run: int, at: int) -> None:
         progress = self._progress(trial.run, run, at)
@@ -160,6 +182,19 @@ class Cluster:
             worth = self._worth(self.incumbent)
         spent = self.desk.state.spent_usd(self.clock.now)
         self.trace.append((spent, self.runs.ids[run], progress.tokens, best, worth))
+
+    def system_regret(self, run: int) -> float | None:
+        """As of `SimulatedSearch`, of a recorded run that is the answer."""
+        runs = self.runs
+        same = np.flatnonzero(runs.recipe == runs.recipe[run]).tolist()
+        alike = [one for one in same if runs.speed(one) > 0]
+        leader = self.desk.leader()
+        if leader is None or not alike:
+            return None
+        state = self.desk.state
+        found = best_systems(state)[state.trials[leader].shape]
+        best = min(runs.price(one) / (3600 * runs.speed(one)) for one in alike)
+        return found.usd_per_token / best - 1
 
     def _worth(self, run: int) -> float | None:
         worth = float(self.truth.loss[self.runs.recipe[run]])
@@ -244,6 +279,7 @@ def simulate(
         best_score=worth,
         table_best_score=truth.best,
         regret=None if worth is None else worth - truth.best,
+        system_regret=None if best is None else cluster.system_regret(best),
         spent_usd=desk.state.spent_usd(clock.now),
         trials=len(begun),
         reason=reason,

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import singledispatchmethod
-from typing import Any
+from functools import cached_property, singledispatchmethod
+from typing import Any, Literal
 
 from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Probed,
     Released,
     Reported,
     RunMinted,
@@ -18,7 +19,8 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.spec import Progress, RunSpec
+from thriftlm.spec import Progress, RunSpec, SystemSpec, digest, identity
+from thriftlm.timings import Timing
 
 PAUSED = "paused"
 """How the reason of a stop begins after which a trial may go on."""
@@ -53,6 +55,27 @@ class TrialState:
     status: str | None = None
     reason: str = ""
     checkpoint: str | None = None
+    systems: tuple[SystemSpec, ...] = ()
+    timings: list[Timing] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Literal["learn", "probe"]:
+        """Whether it measures loss or times systems."""
+        return "probe" if self.systems else "learn"
+
+    @cached_property
+    def shape(self) -> str:
+        """What throughput depends on beside the system: corpus, learning rate and seed do not."""
+        run = self.run
+        parts = {"model": identity(run.model), "seq_len": run.data.seq_len}
+        more = {"batch": run.optim.batch_tokens, "optimizer": run.optim.optimizer}
+        return digest(parts | more)
+
+    @property
+    def systems_left(self) -> list[SystemSpec]:
+        """What a probe has yet to time."""
+        timed = [timing.system for timing in self.timings]
+        return [system for system in self.systems if system not in timed]
 
     @property
     def is_running(self) -> bool:
@@ -73,7 +96,9 @@ class TrialState:
     @property
     def is_finishing(self) -> bool:
         """Whether it holds resources but has made its last report."""
-        return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
+        if not self.is_running or not self.reported_at:
+            return False
+        return not self.systems_left if self.systems else self.curve[-1].status != "running"
 
     @property
     def tokens(self) -> int:
@@ -155,7 +180,7 @@ class SearchState:
     @_apply.register
     def _(self, event: Suggested) -> None:
         self.trials[event.trial_id] = TrialState(
-            event.trial_id, event.number, event.point, event.run
+            event.trial_id, event.number, event.point, event.run, systems=event.systems
         )
 
     @_apply.register
@@ -176,6 +201,12 @@ class SearchState:
         trial.curve.append(event.progress)
         trial.reported_at.append(event.at)
         trial.checkpoint = event.checkpoint or trial.checkpoint
+
+    @_apply.register
+    def _(self, event: Probed) -> None:
+        trial = self.trials[event.trial_id]
+        trial.timings.append(event.timing)
+        trial.reported_at.append(event.at)
 
     @_apply.register
     def _(self, event: StopRequested) -> None:

@@ -10,7 +10,6 @@ connections are closed, and NCCL's kernels are aborted by that thread. Then all 
 """
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,16 +25,18 @@ from pydantic import ValidationError
 from torch.distributed import DistStoreError, PrefixStore  # type: ignore[attr-defined]
 
 from thriftlm.spec import InputError, RunSpec, SystemSpec
-from thriftlm.timings import Timing
+from thriftlm.timings import (
+    MOST_STEPS,
+    REPEAT_SECONDS,
+    REPEATS,
+    WARM_UP_STEPS,
+    Timing,
+    steps_of_repeat,
+)
 from thriftlm.training.consecutive import between_runs, leave_groups
 from thriftlm.training.loop import Decision, Run, is_out_of_memory, peak_memory_gb
 from thriftlm.training.ranks import Ranks, join_again, joined, needs_group
 
-REPEATS, REPEAT_SECONDS = 3, 2.0
-"""Times that a system is timed, and about how long each: whole steps, at least one."""
-WARM_UP_STEPS, MOST_STEPS = 2, 50
-"""Steps before the first that counts (a trial leaves out the first of a process, which pays set-up;
-the second says how many make a repeat), and the most of a repeat."""
 POLL_SECONDS = 0.2
 """Between two looks of the thread that hears of other ranks' trouble."""
 EXPLANATION_PATIENCE = timedelta(seconds=20)
@@ -176,7 +177,7 @@ def _timed(spec: RunSpec, ranks: Ranks, cache: Path, repeats: int, seconds: floa
         training.set_up(cache)
         warm = training.measured(WARM_UP_STEPS)
         per_step = warm.seconds / warm.timed_steps
-        steps = min(MOST_STEPS, max(1, math.ceil(seconds / per_step)))
+        steps = steps_of_repeat(per_step, seconds)
         rates = []
         for _ in range(repeats):
             rate = training.rate(training.measured(steps))
@@ -206,9 +207,10 @@ class Alarm:
 
     def __init__(self, ranks: Ranks, name: str) -> None:
         self.ranks = ranks
-        self.store: Any = PrefixStore(name, dist.distributed_c10d._get_default_store())
+        self.store = PrefixStore(name, dist.distributed_c10d._get_default_store())
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._listen, args=(self.store.clone(),), daemon=True)
+        another: Any = self.store.clone()  # type: ignore[attr-defined]
+        self.thread = threading.Thread(target=self._listen, args=(another,), daemon=True)
         self.thread.start()
 
     def settle(self, found: Timing | Trouble | Exception) -> Timing | Trouble | Exception:

@@ -41,6 +41,11 @@ class Timing(Spec):
     detail: str = ""
     """Why it was not timed."""
 
+    @property
+    def total_tokens_per_s(self) -> float | None:
+        """Over all GPUs."""
+        return None if self.tokens_per_s is None else self.tokens_per_s * self.system.n_gpus
+
 
 def steps_of_repeat(seconds_per_step: float, seconds: float = REPEAT_SECONDS) -> int:
     """Optimizer steps that are timed together."""

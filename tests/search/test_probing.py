@@ -14,7 +14,15 @@ from thriftlm.search.algorithms import Proposal, Searcher, random
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Wait
 from thriftlm.search.factored import Factored, Parts
-from thriftlm.search.journal import Journal, SearchStarted
+from thriftlm.search.journal import (
+    Allocated,
+    Ended,
+    Journal,
+    Probed,
+    Released,
+    SearchStarted,
+    Suggested,
+)
 from thriftlm.search.measured_systems import best_systems, on_best_system
 from thriftlm.search.probing import gangs_of, plan
 from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
@@ -208,6 +216,30 @@ def searched(large, probe, seed):
         return Factored(space, replace(Parts(), probe=probe, explore=False))
 
     return simulate(*large, "factored", seed, searcher=made)
+
+
+def test_the_system_that_broke_a_probe_is_not_timed_again(large):
+    space = large[0].searched_by("factored", 0)
+    searcher = Factored(space)
+    recipe, state = 0, SearchState()
+    able = np.ones(len(searcher.menu.specs), bool)
+    searcher.prober.timed(recipe, timed(searcher.menu.specs[-1], 500.0))
+    first = searcher.prober.proposal(state, recipe, able)
+    state.apply(SearchStarted(at=0, search_id="s", space={}, versions={}, unique_tokens={}))
+    asked = {"trial_id": first.trial_id, "at": 1.0}
+    events = [
+        Suggested(number=0, point=first.point, run=first.run, systems=first.systems, **asked),
+        Allocated(usd_per_hour=0.5, price="x", **asked),
+        Probed(timing=timed(first.systems[0], 900.0), **asked),
+    ]
+    for event in events:
+        state.apply(event), searcher.observe(event)
+    assert searcher.prober.proposal(state, recipe, able) is None  # one at a time
+    for event in (Released(usd=0.1, **asked), Ended(status="failed", **asked)):
+        state.apply(event), searcher.observe(event)
+    again = searcher.prober.proposal(state, recipe, able)
+    assert again is None or not {0, 1} & {first.systems.index(one) for one in again.systems}
+    assert first.trial_id not in searcher.failed
 
 
 def test_with_probes_the_answer_has_a_cheaper_system_and_the_cap_holds(large):

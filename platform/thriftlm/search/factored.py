@@ -122,7 +122,8 @@ class Factored(Searcher):
             case Reported(trial_id=trial_id, progress=progress):
                 self._measured(trial_id, progress)
             case Ended(trial_id=trial_id, status=status):
-                if status in ("oom", "failed", "diverged"):
+                broke = status in ("oom", "failed", "diverged")
+                if broke and trial_id not in self.prober.trials:
                     self.failed.add(trial_id)
             case _:
                 return

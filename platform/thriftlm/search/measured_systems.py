@@ -42,13 +42,12 @@ def on_best_system(state: SearchState, trial: TrialState) -> RunSpec:
 
 
 def _measured(trial: TrialState) -> Iterator[Measured]:
-    if not trial.allocations or trial.status in ("oom", "failed"):
+    if not trial.allocations:
         return
     usd_per_hour = trial.allocations[-1].usd_per_hour  # of the gang, whatever runs on it
     rate = trial.tokens_per_s()
-    if rate is not None:
+    if rate is not None and trial.status not in ("oom", "failed"):
         yield Measured(trial.run.system, rate, usd_per_hour)
     for timing in trial.timings:
-        if timing.tokens_per_s is not None:
-            rate = timing.tokens_per_s * timing.system.n_gpus
-            yield Measured(timing.system, rate, usd_per_hour)
+        if timing.total_tokens_per_s is not None:
+            yield Measured(timing.system, timing.total_tokens_per_s, usd_per_hour)

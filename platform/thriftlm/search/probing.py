@@ -69,9 +69,7 @@ class Prober:
         if timing.status == "unsupported":
             self.unsupported.add(fact)
             return False
-        rate = timing.tokens_per_s
-        total = None if rate is None else rate * timing.system.n_gpus
-        return self.systems.observe(fact, total, timing.status == "oom")
+        return self.systems.observe(fact, timing.total_tokens_per_s, timing.status == "oom")
 
     def supported(self, recipe: int) -> NDArray[np.bool_]:
         """Systems that no probe found unable to run a recipe (S,)."""
@@ -81,7 +79,9 @@ class Prober:
         return able
 
     def proposal(self, state: SearchState, recipe: int, able: NDArray[np.bool_]) -> Proposal | None:
-        """A probe of a recipe's shape where one pays; one at a time, none again that was cut short.
+        """A probe of a recipe's shape where one pays, one at a time.
+
+        Where a probe broke, the system that it was timing is not timed again.
 
         Args:
             state: of the search.
@@ -89,9 +89,15 @@ class Prober:
             able: systems that may be timed or used (S,).
         """
         usd, most = self.space.training_budget.usd, self.space.search_budget.usd
-        if usd is None or any(state.trials[one].systems_left for one in self.trials):
+        before = [state.trials[one] for one in self.trials]
+        if usd is None or not all(trial.has_ended for trial in before):
             return None
-        spent = sum(state.trials[one].usd(state.last_at) for one in self.trials)
+        for trial in before:
+            if trial.status in ("oom", "failed") and trial.systems_left:
+                place = self.menu.specs.index(trial.systems_left[0])
+                self.unsupported.add(Fact(int(self.menu.shape_of[recipe]), place))
+        able = able & self.supported(recipe)
+        spent = sum(trial.usd(state.last_at) for trial in before)
         found = plan(
             self.systems.costs(int(self.menu.shape_of[recipe])),
             self.menu.usd_per_hour,

@@ -288,6 +288,13 @@ class UnboundedRungs(Factored):
         return fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
 
 
+class WithoutProbes(Factored):
+    """No system is timed for its own sake."""
+
+    def probe(self, state: SearchState) -> Proposal | None:
+        return None
+
+
 class WithoutConfirmation(Factored):
     """The winner is believed as it stands."""
 

@@ -5,8 +5,10 @@
 
 What is counted: dollars, in training budgets B, from which the incumbent's true loss at budget
 stays within 1% of the table's best for the next half B. A search that never gets there within its
-search budget counts as more than that. All arms start trials one at a time and pay 60 s of start-up
-per trial. `--arm` and `--world` select, `--json` writes what every search did.
+search budget counts as more than that. The loss takes the recipe's best system of the table for
+granted; how much dearer per token the best one is that was measured is a column of its own. All
+arms start trials one at a time and pay 60 s of start-up per trial. `--arm` and `--world` select,
+`--json` writes what every search did.
 """
 
 import argparse
@@ -47,6 +49,7 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "dollar rungs": rivals.DollarRungs,
     "rungs of any search budget": rivals.UnboundedRungs,
     "without confirmation": rivals.WithoutConfirmation,
+    "without probes": rivals.WithoutProbes,
 }
 PRODUCT = ("random", "optuna")
 """As `simulate --algorithm` has them: with our objective, and asha on predicted loss."""
@@ -103,6 +106,7 @@ def searches(
                     "solved": solved_at(found, budget),
                     "excess": [excess_at(found, budget, share) for share in CHECKPOINTS],
                     "final": excess_at(found, budget, np.inf),
+                    "system": found.system_regret,
                     "spent": found.spent_usd / budget,
                     "trials": found.trials,
                     "seconds": time.perf_counter() - since,
@@ -112,7 +116,8 @@ def searches(
 def table(records: Sequence[dict[str, Any]], budgets: float) -> str:
     """Medians by world and arm."""
     heads = ["world", "arm", "B to 1%", "quartiles", "solved"]
-    heads += [f"excess at {share:g} B" for share in CHECKPOINTS] + ["trials", "s per search"]
+    heads += [f"excess at {share:g} B" for share in CHECKPOINTS]
+    heads += ["excess USD per token", "trials", "s per search"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for world, arm in dict.fromkeys((r["world"], r["arm"]) for r in records):
         mine = [r for r in records if (r["world"], r["arm"]) == (world, arm)]
@@ -122,6 +127,8 @@ def table(records: Sequence[dict[str, Any]], budgets: float) -> str:
         cells = [world, arm, middle, f"{low} to {high}"]
         cells.append(f"{np.isfinite(solved).sum()} of {len(mine)}")
         cells += ["none yet" if np.isinf(x) else f"{x:.2%}" for x in excess]
+        systems = [r["system"] for r in mine if r["system"] is not None]
+        cells.append(f"{np.median(systems):.0%}" if systems else "none")
         cells += [f"{np.median([r[key] for r in mine]):.1f}" for key in ("trials", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

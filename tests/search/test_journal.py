@@ -14,6 +14,7 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Journal,
+    Probed,
     Released,
     Reported,
     RunMinted,
@@ -25,6 +26,7 @@ from thriftlm.search.journal import (
     read,
 )
 from thriftlm.spec import InputError, Progress, RunSpec
+from thriftlm.timings import Timing
 
 STARTED = SearchStarted(
     search_id="s",
@@ -50,6 +52,7 @@ EVERY_KIND = [
         progress=Progress(status="running", step=1, tokens=8, val_loss=1e-17, detail="ü\n\u2028"),
         checkpoint="/ckpt",
     ),
+    Probed(trial_id="t", timing=Timing(system=RUN.system, status="oom", detail="no")),
     StopRequested(trial_id="t", reason="asha"),
     Released(trial_id="t", usd=2e-9),
     Ended(trial_id="t", status="failed", reason="broke"),

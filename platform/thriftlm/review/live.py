@@ -27,6 +27,7 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Probed,
     Reported,
     SearchEnded,
     SearchResumed,
@@ -35,6 +36,7 @@ from thriftlm.search.journal import (
 )
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
+from thriftlm.timings import Timing
 
 SHOWN_TRIALS = 16
 COLUMNS = (
@@ -106,6 +108,8 @@ class LiveView:
                 return f"{trial_id} start    {what(self.state.trials[trial_id])}"
             case Reported(trial_id=trial_id):
                 return f"{trial_id} report   {measured(self.state.trials[trial_id])}"
+            case Probed(trial_id=trial_id, timing=timing):
+                return f"{trial_id} timed    {timed(timing)}"
             case StopRequested(trial_id=trial_id, reason=reason):
                 return f"{trial_id} stop     {reason}"
             case Ended(trial_id=trial_id, status=status, reason=reason):
@@ -162,6 +166,15 @@ def measured(trial: TrialState) -> str:
     return (
         f"{trial.tokens:>12,} tokens  loss {loss}  {optional(trial.tokens_per_s(), ',.0f')} tok/s"
     )
+
+
+def timed(timing: Timing) -> str:
+    """A system that a probe has timed, and how fast it is."""
+    one = timing.system
+    named = f"{one.strategy} micro batch {one.micro_batch} {one.attention}"
+    if timing.total_tokens_per_s is None:
+        return f"{named}  {timing.status} {timing.detail}".rstrip()
+    return f"{named}  {timing.total_tokens_per_s:,.0f} tok/s"
 
 
 def progress(trial: TrialState) -> str:

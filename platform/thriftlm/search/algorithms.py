@@ -18,7 +18,7 @@ from thriftlm.search.objective import Predicted, rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import RunSpec
+from thriftlm.spec import RunSpec, SystemSpec, digest, identity
 
 MAX_DRAWS = 2_000
 """Draws in a row without a new valid point after which a space counts as exhausted."""
@@ -32,6 +32,16 @@ class Proposal:
 
     point: Mapping[str, Any]
     run: RunSpec
+    systems: tuple[SystemSpec, ...] = ()
+    """What to time instead of training, where it is a probe."""
+
+    @property
+    def trial_id(self) -> str:
+        """Identity of the trial: a probe is another one than the run that it times."""
+        if not self.systems:
+            return self.run.trial_id
+        timed = [identity(system) for system in self.systems]
+        return digest({"probe": self.run.trial_id, "systems": timed})
 
 
 Algorithm = Callable[[Space, SearchState], Iterator[Proposal]]
@@ -86,6 +96,10 @@ class Searcher:
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         return self.algorithm(self.space, state)
+
+    def probe(self, state: SearchState) -> Proposal | None:
+        """Systems that are worth timing before anything else is done."""
+        return None
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial worth more than a new one; `is_last`: there can be no new one."""

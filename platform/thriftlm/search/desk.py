@@ -23,6 +23,7 @@ from thriftlm.search.journal import (
     Event,
     Idle,
     Journal,
+    Probed,
     Released,
     Reported,
     SearchEnded,
@@ -36,6 +37,7 @@ from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
+from thriftlm.timings import Timing
 
 INTERRUPTED = "interrupted"
 REPEATED = "winner and runner-up were trained with other seeds"
@@ -206,6 +208,14 @@ class Desk:
             self._ask_to_end(trial, reason or repeats.reached(self.state, trial))
         return trial.stop_reason is not None
 
+    def probed(self, trial_id: str, timing: Timing) -> bool:
+        """Take a system that a probe timed into account; whether the probe must end now."""
+        trial = self.state.trials[trial_id]
+        self._write(Probed(at=self.clock(), trial_id=trial_id, timing=timing))
+        if trial.systems_left and trial.stop_reason is None:
+            self._ask_to_end(trial, self.exploring.stop_reason(self.state, trial, self.clock()))
+        return trial.stop_reason is not None
+
     def check_budget(self) -> bool:
         """Whether a trial was asked to end because the budget does not bear that it is late.
 
@@ -325,6 +335,9 @@ class Desk:
         left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
         if not is_last and (start := next(left, None)) is not None:
             return self._suggested(start)
+        probe = None if is_last else self.algorithm.probe(self.state)
+        if probe is not None and self._may_start(probe.run):  # else it would be in others' way
+            return self._suggested(probe)
         paused = self.algorithm.resume(self.state, is_last)
         if paused is not None:
             return self.state.trials[paused]
@@ -348,17 +361,24 @@ class Desk:
         return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
 
     def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
-        run = proposal.run
         event = Suggested(
             at=self.clock(),
-            trial_id=run.trial_id,
+            trial_id=proposal.trial_id,
             number=len(self.state.trials),
             point=dict(proposal.point),
-            run=run,
+            run=proposal.run,
             repeat_of=repeat_of,
+            systems=proposal.systems,
         )
         self._write(event)
-        return self.state.trials[run.trial_id]
+        return self.state.trials[proposal.trial_id]
+
+    def _may_start(self, run: RunSpec) -> bool:
+        """Whether cluster and budget bear it now."""
+        refusal = self.exploring.refusal(
+            self.state, self.clock(), usd_per_hour=self.price_of(run)[0]
+        )
+        return refusal is None and self.capacity.can_ever_hold(run.system)
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
+from thriftlm.timings import Timing
 
 JOURNAL_VERSION = 1
 
@@ -60,6 +61,8 @@ class Suggested(Event):
     """The whole run."""
     repeat_of: str | None = None
     """The trial that it trains again with another seed."""
+    systems: tuple[SystemSpec, ...] = ()
+    """What a probe times with the run's model, batch and optimizer; none in a trial that learns."""
 
 
 class Allocated(Event):
@@ -82,6 +85,14 @@ class Reported(Event):
     trial_id: str
     progress: Progress
     checkpoint: str | None = None
+
+
+class Probed(Event):
+    """A probe has timed one of its systems."""
+
+    kind: Literal["probed"] = "probed"
+    trial_id: str
+    timing: Timing
 
 
 class StopRequested(Event):
@@ -154,6 +165,7 @@ AnyEvent = Annotated[
     | Suggested
     | Allocated
     | Reported
+    | Probed
     | StopRequested
     | Released
     | Idle

@@ -7,20 +7,22 @@ from pydantic import Field
 
 from thriftlm.search.confidence import Confidence, Judge, StartComparison
 from thriftlm.search.hypervolume import over_time
+from thriftlm.search.measured_systems import on_best_system
 from thriftlm.search.next_dollars import NextDollars, next_dollars
 from thriftlm.search.objective import Score
 from thriftlm.search.ranking import ranking
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, Spec
+from thriftlm.timings import Timing
 
 
 class TrialRow(Spec):
     """One trial of the answer."""
 
     trial_id: str
-    kind: Literal["learn"] = "learn"
-    """What it measured: loss."""
+    kind: Literal["learn", "probe"] = "learn"
+    """What it measured: loss, or the throughput of `timings`."""
     status: str
     """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
     before it could start, or start again; `paused` where others promised more."""
@@ -44,6 +46,8 @@ class TrialRow(Spec):
     """Tokens per second over all GPUs, measured."""
     usd: float
     """Dollars that its allocations cost."""
+    timings: tuple[Timing, ...] = ()
+    """What a probe measured, one system each."""
 
 
 class Best(Spec):
@@ -117,7 +121,7 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         idle_usd=state.idle_usd(now),
         budget_usd=space.search_budget.usd,
         hours=state.hours(now),
-        best=best(state.trials[order[0]], scores[order[0]]) if order else None,
+        best=best(state, state.trials[order[0]], scores[order[0]]) if order else None,
         confidence=judge.confidence(),
         next=next_dollars(judge),
         start_from=judge.against_starts(),
@@ -128,11 +132,11 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
     return result, scores
 
 
-def best(trial: TrialState, score: Score) -> Best:
-    """The winner's summary."""
+def best(state: SearchState, trial: TrialState, score: Score) -> Best:
+    """The winner's summary, on the best system that was measured with its model."""
     return Best(
         trial_id=trial.trial_id,
-        config=trial.run.model_dump(mode="json"),
+        config=on_best_system(state, trial).model_dump(mode="json"),
         loss_at_budget=score.loss_at_budget,
         low=score.low,
         high=score.high,
@@ -150,6 +154,7 @@ def row(
     """One trial's line of the answer."""
     return TrialRow(
         trial_id=trial.trial_id,
+        kind=trial.kind,
         status=trial.stage,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),
@@ -161,11 +166,15 @@ def row(
         repeat_of=trial.repeat_of,
         tokens_per_s=trial.tokens_per_s(),
         usd=trial.usd(now),
+        timings=tuple(trial.timings),
     )
 
 
-def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:
-    """The run to train for real: the winner over the tokens that the training budget buys."""
+def best_run(search_id: str, state: SearchState, trial: TrialState, score: Score) -> RunSpec:
+    """The run to train for real: the winner over the tokens that the training budget buys.
+
+    It is on the best system that was measured with its model.
+    """
     tokens = trial.run.tokens
     if score.tokens_at_budget is not None:
         tokens = max(trial.run.optim.batch_tokens, round(score.tokens_at_budget))
@@ -174,7 +183,7 @@ def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:
         "report_every_tokens": max(1, tokens // 20),
         "origin": f"{search_id}/{trial.trial_id}",
     }
-    return RunSpec.model_validate(trial.run.model_dump() | changed)
+    return RunSpec.model_validate(on_best_system(state, trial).model_dump() | changed)
 
 
 def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
@@ -186,7 +195,9 @@ def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult,
     (folder / "best.yaml").unlink(missing_ok=True)  # an earlier winner can have failed since
     if result.best is not None:
         winner = state.trials[result.best.trial_id]
-        run = best_run(result.search_id, winner, scores[winner.trial_id]).model_dump(mode="json")
+        run = best_run(result.search_id, state, winner, scores[winner.trial_id])
         head = f"# Winner of search {result.search_id}. Train it: thriftlm train THIS_FILE\n"
-        (folder / "best.yaml").write_text(head + yaml.safe_dump(run, sort_keys=False))
+        (folder / "best.yaml").write_text(
+            head + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+        )
     return result, scores

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from threadpoolctl import threadpool_limits
 
 from thriftlm.search.comparison import Comparison, compare
+from thriftlm.search.measured_systems import Measured, best_systems
 from thriftlm.search.objective import LossUnit, Observation, Predicted, Score, curve_of
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
@@ -50,8 +51,10 @@ def compare_trials(
     """
     if state.started is None:
         return None
-    unit = loss_unit(space)
-    observations = [observation(trial, unit, until_tokens) for trial in trials]
+    unit, known = loss_unit(space), best_systems(state)
+    observations = [
+        observation(trial, unit, until_tokens, known.get(trial.shape)) for trial in trials
+    ]
     with threadpool_limits(1):  # the cores belong to the workers
         return compare(
             observations,
@@ -77,21 +80,21 @@ def configuration_of(run: RunSpec) -> str:
     return run.recipe_id if run.seed == 0 else run.model_copy(update={"seed": 0}).recipe_id
 
 
-def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> Observation:
-    """What a trial measured."""
+def observation(
+    trial: TrialState, unit: LossUnit, until_tokens: int | None, best: Measured | None
+) -> Observation:
+    """What a trial measured; what a token costs is that of the best system known for its shape."""
     before = [0, *(report.tokens for report in trial.curve)]
     reports = [
         p for p, b in zip(trial.curve, before, strict=False) if b < (until_tokens or p.tokens)
     ]
-    rate = trial.tokens_per_s()
-    usd_per_hour = trial.allocations[-1].usd_per_hour if trial.allocations else None
-    system, recipe = trial.run.system, configuration_of(trial.run)
+    system, recipe = best.system if best else trial.run.system, configuration_of(trial.run)
     return Observation(
         trial_id=trial.trial_id,
         recipe_id=recipe,
         curve=curve_of(recipe, non_embedding_params(trial.run.model), reports, unit),
-        usd_per_token=usd_per_hour / (rate * 3600) if rate and usd_per_hour else None,
-        tokens_per_s_total=rate,
+        usd_per_token=best.usd_per_token if best else None,
+        tokens_per_s_total=best.tokens_per_s if best else None,
         basis="measured",
         status=outcome(trial),
         system_key=f"{system.n_gpus} x {system.gpu} {system.strategy}",

@@ -42,6 +42,9 @@ class SimulatedSearch(Spec):
     """The best of the table; None where every run of it broke or diverged."""
     regret: float | None
     """`best_score` minus `table_best_score`."""
+    system_regret: float | None
+    """Relative excess in dollars per token of the best system that was measured with the answer's
+    model over the best in the table."""
     spent_usd: float
     """What the search cost."""
     hours: float
@@ -124,6 +127,7 @@ def simulate(
         best_score=worth,
         table_best_score=truth.best if np.isfinite(truth.best) else None,
         regret=None if worth is None else worth - truth.best,
+        system_regret=None if best is None else cluster.system_regret(best),
         spent_usd=desk.state.spent_usd(clock.now),
         hours=clock.now / 3600,
         preemptions=lost,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import singledispatchmethod
-from typing import Any
+from functools import cached_property, singledispatchmethod
+from typing import Any, Literal
 
 from thriftlm.search.journal import (
     Allocated,
@@ -11,6 +11,7 @@ from thriftlm.search.journal import (
     Ended,
     Event,
     Idle,
+    Probed,
     Released,
     Reported,
     RunMinted,
@@ -20,7 +21,8 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.spec import Progress, RunSpec, SystemSpec
+from thriftlm.spec import Progress, RunSpec, SystemSpec, digest, identity
+from thriftlm.timings import Timing
 
 PAUSED = "paused"
 """How the reason of a stop begins after which a trial may go on."""
@@ -68,6 +70,27 @@ class TrialState:
     checkpoint: str | None = None
     repeat_of: str | None = None
     """The trial that it trains again with another seed."""
+    systems: tuple[SystemSpec, ...] = ()
+    timings: list[Timing] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Literal["learn", "probe"]:
+        """Whether it measures loss or times systems."""
+        return "probe" if self.systems else "learn"
+
+    @cached_property
+    def shape(self) -> str:
+        """What throughput depends on beside the system: corpus, learning rate and seed do not."""
+        run = self.run
+        parts = {"model": identity(run.model), "seq_len": run.data.seq_len}
+        more = {"batch": run.optim.batch_tokens, "optimizer": run.optim.optimizer}
+        return digest(parts | more)
+
+    @property
+    def systems_left(self) -> list[SystemSpec]:
+        """What a probe has yet to time."""
+        timed = [timing.system for timing in self.timings]
+        return [system for system in self.systems if system not in timed]
 
     @property
     def is_running(self) -> bool:
@@ -88,7 +111,9 @@ class TrialState:
     @property
     def is_finishing(self) -> bool:
         """Whether it holds resources but has made its last report."""
-        return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
+        if not self.is_running or not self.reported_at:
+            return False
+        return not self.systems_left if self.systems else self.curve[-1].status != "running"
 
     @property
     def stage(self) -> str:
@@ -215,7 +240,12 @@ class SearchState:
     @_apply.register
     def _(self, event: Suggested) -> None:
         trial = TrialState(
-            event.trial_id, event.number, event.point, event.run, repeat_of=event.repeat_of
+            event.trial_id,
+            event.number,
+            event.point,
+            event.run,
+            repeat_of=event.repeat_of,
+            systems=event.systems,
         )
         self.trials[event.trial_id] = trial
         self._place(trial)
@@ -261,6 +291,12 @@ class SearchState:
             self.longest_start = max(self.longest_start, took)
         trial.reported_at.append(event.at)
         trial.checkpoint = event.checkpoint or trial.checkpoint
+
+    @_apply.register
+    def _(self, event: Probed) -> None:
+        trial = self.trials[event.trial_id]
+        trial.timings.append(event.timing)
+        trial.reported_at.append(event.at)
 
     @_apply.register
     def _(self, event: StopRequested) -> None:

@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from thriftlm.review import plan_command, planning_commands, report_command, simulate_command
+from thriftlm.review import (
+    plan_command,
+    planning_commands,
+    report_command,
+    searches_command,
+    simulate_command,
+)
 from thriftlm.review.data_command import data
 from thriftlm.review.options import Json, StorageOption
 
@@ -159,6 +165,11 @@ def _hold(sitting: Any, as_json: bool) -> int:
     if found.status == "interrupted":
         return 130
     return 0 if found.best is not None else 1
+
+
+app.command()(searches_command.searches)
+app.command()(searches_command.status)
+app.command()(searches_command.stop)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from thriftlm.search.gang import OUTCOME, TRIAL_RESOURCES, run_trial
 from thriftlm.search.journal import Journal, SearchStarted
 from thriftlm.search.provenance import versions
 from thriftlm.search.space import Space
+from thriftlm.search.stopping import StopRequests
 from thriftlm.search.storage import writable
 from thriftlm.search.worker import StopBoard
 from thriftlm.spec import InputError, Progress, digest, identity
@@ -79,14 +80,15 @@ class DeskSearcher(Unpickled, Searcher):
 class DeskScheduler(Unpickled, FIFOScheduler):
     """Tune's results, told to the desk; a stop goes to the board and is obeyed at a report."""
 
-    def __init__(self, desk: Desk, board: Any) -> None:
+    def __init__(self, desk: Desk, board: Any, stops: StopRequests) -> None:
         super().__init__()
-        self.desk, self.board = desk, board
+        self.desk, self.board, self.stops = desk, board, stops
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.interrupt_asked = False
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The first trial that waits; called at every turn of Tune's loop."""
+        self.interrupt_asked |= self.stops.asked()
         if self.interrupt_asked and not self.desk.interrupted:
             self.desk.interrupt()
             self.post_stops()
@@ -146,7 +148,8 @@ def run(
     Raises:
         InputError: storage, corpus or cluster are not usable.
     """
-    unique_tokens = prepare_data(space, cache, on_stage)
+    stops = StopRequests(journal.path.parent)
+    unique_tokens = prepare_data(space, cache, stops.heeded(on_stage))
     on_stage("starting Ray" if address is None else f"connecting to Ray at {address}", 0.0)
     with cluster(address) as capacity:
         refuse_unfitting(space, capacity)
@@ -163,17 +166,17 @@ def run(
         desk = Desk(space, journal, capacity)
         if not is_new:
             desk.resume()
-        desk.close(drive(desk, cache))
+        desk.close(drive(desk, cache, stops))
     return desk
 
 
-def drive(desk: Desk, cache: Path) -> str:
+def drive(desk: Desk, cache: Path, stops: StopRequests) -> str:
     """Run trials until the desk has no more; the reason why it ended."""
     os.environ.update(ENVIRONMENT)
     folder = desk.journal.path.parent
     board = StopBoard.remote()  # type: ignore[attr-defined]
     searcher = DeskSearcher(desk, {"folder": str(folder), "cache": str(cache), "board": board})
-    scheduler = DeskScheduler(desk, board)
+    scheduler = DeskScheduler(desk, board, stops)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(

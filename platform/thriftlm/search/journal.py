@@ -7,6 +7,7 @@ is dropped when the journal is opened again.
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
 
 JOURNAL_VERSION = 1
+CLAIMS, CLAIM_SECONDS = 3, 0.1
+"""Who looks whether a journal is held (`is_held`) holds it for a moment: a lock is tried so often
+again, with that pause before."""
 
 
 class Event(Spec):
@@ -180,18 +184,26 @@ class Journal:
                 listener(event)
 
     def _claim(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another driver is running this search (it holds {self.path}); wait for its end "
-                "or stop it, or start another search with --name"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"{self.path} cannot be locked ({error.strerror}), so two drivers could mix their "
-                "searches; choose a storage folder whose file system has locks with --storage"
-            ) from error
+        for pause in (*[CLAIM_SECONDS] * CLAIMS, None):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if pause is None:
+                    raise self._is_taken() from error
+                time.sleep(pause)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} cannot be locked ({error.strerror}), so two drivers could mix "
+                    "their searches; choose a storage folder whose file system has locks with "
+                    "--storage"
+                ) from error
+
+    def _is_taken(self) -> InputError:
+        return InputError(
+            f"another driver is running this search (it holds {self.path}); wait for its end, end "
+            f"it with `thriftlm stop {self.path.parent.name}`, or start another search with --name"
+        )
 
     def _write_whole(self, line: bytes) -> None:
         before = os.fstat(self._file.fileno()).st_size
@@ -221,6 +233,21 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a driver holds the journal, on any machine whose locks reach the file system.
+
+    A shared lock is taken for a moment to find out, which needs no right to write.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # without locks no driver could have begun
+            return False
+    return False
 
 
 def read(path: Path) -> Iterator[Event]:

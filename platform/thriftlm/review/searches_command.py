@@ -206,6 +206,7 @@ def _facts(found: "SearchStanding") -> list[tuple[str, str]]:
     of_usd = "" if found.budget_usd is None else f" of {usd(found.budget_usd)}"
     of_trials = "" if found.budget_trials is None else f" of {found.budget_trials}"
     counts = ", ".join(f"{number} {name}" for name, number in found.trials.items())
+    own = sum(number for name, number in found.trials.items() if name != "known")
     driver = "not known"
     if found.driver is not None:
         verb = "lives" if found.is_held else "is gone"
@@ -217,7 +218,7 @@ def _facts(found: "SearchStanding") -> list[tuple[str, str]]:
         ("driver", driver),
         ("begun", f"{instant(found.started_at)}, last event {instant(found.last_event_at)}"),
         ("spent", f"{usd(found.spent_usd)}{of_usd} in {duration(found.hours * 3600)}"),
-        ("trials", f"{sum(found.trials.values())}{of_trials}{f' ({counts})' if counts else ''}"),
+        ("trials", f"{own}{of_trials}{f' ({counts})' if counts else ''}"),
     ]
 
 

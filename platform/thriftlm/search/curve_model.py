@@ -14,12 +14,13 @@ of Swersky et al., arXiv 1406.3896, with the law as its mean).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
+from scipy.special import ndtr
 
 from thriftlm.planning.law import PRIOR_LAW, PRIOR_SD, Curve, fit_law
 from thriftlm.planning.scaling_laws import LossLaw
@@ -65,6 +66,44 @@ class Features:
     def take(self, rows: Sequence[int] | NDArray[np.intp]) -> "Features":
         """Some of the recipes."""
         return Features(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+@dataclass
+class Record:
+    """The loss curve of one recipe so far."""
+
+    tokens: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    diverged: bool = False
+
+    @property
+    def last_tokens(self) -> float:
+        """Where it ends; 0 before it has begun."""
+        return self.tokens[-1] if self.tokens else 0.0
+
+    def add(self, tokens: float, loss: float) -> None:
+        """One more point; what a resumed run measures again replaces the old."""
+        while self.last_tokens >= tokens:
+            self.tokens.pop(), self.loss.pop()
+        self.tokens.append(tokens)
+        self.loss.append(loss)
+
+    def thinned(self, most: int) -> list[tuple[float, float]]:
+        """Tokens and losses of the last point and of earlier ones, each at half the tokens."""
+        found: list[tuple[float, float]] = []
+        for tokens, loss in zip(reversed(self.tokens), reversed(self.loss), strict=True):
+            if len(found) < most and (not found or tokens <= found[-1][0] / 2):
+                found.append((tokens, loss))
+        return found
+
+    def curve(self, name: str, n_params: float) -> Curve:
+        """The same for a law."""
+        yes = np.ones(len(self.tokens), bool)
+        return Curve(name, float(n_params), np.array(self.tokens), np.array(self.loss), yes, ~yes)
+
+    def copy(self) -> "Record":
+        """One that grows apart."""
+        return Record(self.tokens[:], self.loss[:], self.diverged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,3 +267,9 @@ def _alike(one: Features, other: Features, length: float) -> Floats:
         square += one.words[:, k, None] != other.words[None, :, k]
     distance = np.sqrt(5 * square) / length
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
+
+
+def expected_improvement(gain: Floats, sd: Floats) -> Floats:
+    """Mean of max(0, X) for X normal with that mean and standard deviation."""
+    z = gain / sd
+    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))

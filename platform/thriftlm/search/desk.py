@@ -198,10 +198,10 @@ class Desk:
         """A paused trial to go on with, or a new one."""
         if self._is_full():
             return Wait()
-        number = len(self.state.trials)
+        number = self.state.n_started
         is_last = self.budget.trials is not None and number >= self.budget.trials
         paused = self.algorithm.resume(self.state, is_last)
-        if paused is not None:
+        if paused is not None and self.capacity.can_ever_hold(self.state.trials[paused].run.system):
             return self.state.trials[paused]
         may_go_on = self.algorithm.pauses and self.state.running
         if is_last:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.gang import OUTCOME, TRIAL_RESOURCES, run_trial
-from thriftlm.search.journal import Journal, SearchStarted
+from thriftlm.search.journal import Journal, Known, SearchStarted
 from thriftlm.search.provenance import versions
 from thriftlm.search.space import Space
 from thriftlm.search.stopping import StopRequests
@@ -133,6 +133,7 @@ def run(
     cache: Path,
     *,
     address: str | None = None,
+    known: Sequence[Known] = (),
     on_stage: OnStage = lambda stage, fraction: None,
 ) -> Desk:
     """The desk of the search when it has ended, finished or interrupted.
@@ -143,6 +144,7 @@ def run(
             events is resumed.
         cache: absolute folder of token shards, on such storage too.
         address: Ray cluster; a local one is started when None and no job gave one.
+        known: what earlier searches measured; a resumed search has it in its journal.
         on_stage: told what is being waited for.
 
     Raises:
@@ -155,14 +157,15 @@ def run(
         refuse_unfitting(space, capacity)
         is_new = not journal.events
         if is_new:
-            journal.append(
-                SearchStarted(
-                    search_id=journal.path.parent.name,
-                    space=space.document(),
-                    versions=versions(),
-                    unique_tokens=unique_tokens,
-                )
+            started = SearchStarted(
+                search_id=journal.path.parent.name,
+                space=space.document(),
+                versions=versions(),
+                unique_tokens=unique_tokens,
             )
+            journal.append(started)
+            for one in known:
+                journal.append(one.model_copy(update={"at": started.at}))
         desk = Desk(space, journal, capacity)
         if not is_new:
             desk.resume()

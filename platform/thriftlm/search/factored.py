@@ -16,18 +16,32 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
-from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
-from thriftlm.search.journal import Allocated, Ended, Event, Reported, Suggested
+from thriftlm.search.curve_model import (
+    CurveModel,
+    Features,
+    Points,
+    Posterior,
+    Record,
+    expected_improvement,
+)
+from thriftlm.search.journal import (
+    Allocated,
+    Ended,
+    Event,
+    Known,
+    KnownRun,
+    Reported,
+    Suggested,
+)
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
+from thriftlm.search.warm_start import Lessons, lessons
 from thriftlm.spec import Progress
 
 Floats = NDArray[np.float64]
@@ -74,15 +88,6 @@ class Parts:
     """`best`, `random`, `filtered` (at random within 1.3 of the best), or `fixed` (by a grid)."""
 
 
-@dataclass
-class Record:
-    """What is known of one recipe."""
-
-    tokens: list[float]
-    loss: list[float]
-    diverged: bool = False
-
-
 class Factored(Searcher):
     """The searcher of `algorithm: factored`."""
 
@@ -97,6 +102,9 @@ class Factored(Searcher):
         self.records: dict[int, Record] = {}
         self.targets: dict[str, float] = {}
         self.failed: set[str] = set()
+        self.known: list[KnownRun] = []
+        self.taught = Lessons()
+        self.trained: dict[int, float] = {}
         self.learned_from = 0
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
         self._budget_tokens()
@@ -106,6 +114,8 @@ class Factored(Searcher):
     def observe(self, event: Event) -> None:
         """Take an event of the journal into account."""
         match event:
+            case Known(runs=runs):
+                self._begin_with(runs)
             case Suggested(trial_id=trial_id, point=point):
                 self.places[trial_id] = self.menu.locate(point)
             case Allocated(trial_id=trial_id):
@@ -119,6 +129,18 @@ class Factored(Searcher):
                 return
         self.posterior = None
 
+    def _begin_with(self, runs: tuple[KnownRun, ...]) -> None:
+        """Know what earlier searches measured; comes before the first trial."""
+        self.known += runs
+        self.menu = menu_of(self.space, [one.point for one in self.known if one.point])
+        self.systems = SystemModel.over(self.menu.prior)
+        self.taught = lessons(self.menu, self.known)
+        self.places, self.failed = dict(self.taught.places), set(self.taught.failed)
+        self.records = {recipe: record.copy() for recipe, record in self.taught.records.items()}
+        for shape, system, total, oom in self.taught.facts if self.parts.calibrate else ():
+            self.systems.observe(Fact(shape, system), total, oom)
+        self._budget_tokens()
+
     def _measured(self, trial_id: str, progress: Progress) -> None:
         recipe, system = self.places[trial_id]
         fact = Fact(int(self.menu.shape_of[recipe]), system)
@@ -131,14 +153,14 @@ class Factored(Searcher):
         if oom:
             self.failed.add(trial_id)
             return
-        record = self.records.setdefault(recipe, Record([], []))
+        record = self.records.setdefault(recipe, Record())
         if progress.status == "diverged":
             record.diverged = True
         elif progress.val_loss is not None and progress.tokens > 0 and not progress.warming_up:
-            while record.tokens and record.tokens[-1] >= progress.tokens:
-                record.tokens.pop(), record.loss.pop()
-            record.tokens.append(float(progress.tokens))
-            record.loss.append(progress.val_loss)
+            self.trained[recipe] = float(progress.tokens)
+            known = self.taught.records.get(recipe)
+            if known is None or progress.tokens > known.last_tokens:
+                record.add(float(progress.tokens), progress.val_loss)
 
     def _budget_tokens(self) -> None:
         """D_B of every recipe, on the system that is believed to be its best."""
@@ -171,12 +193,12 @@ class Factored(Searcher):
 
     def _next_rung(self, trial_id: str) -> float:
         recipe = self.places[trial_id][0]
-        rungs = self._rungs(recipe)
-        return next((rung for rung in rungs if rung > 1.05 * self._tokens(recipe)), rungs[-1])
+        rungs, is_known = self._rungs(recipe), trial_id in self.taught.places
+        done = self._tokens(recipe) if is_known else self.trained.get(recipe, 0.0)
+        return next((rung for rung in rungs if rung > 1.05 * done), rungs[-1])
 
     def _tokens(self, recipe: int) -> float:
-        record = self.records.get(recipe)
-        return record.tokens[-1] if record and record.tokens else 0.0
+        return self.records[recipe].last_tokens if recipe in self.records else 0.0
 
     def pause(self, trial: TrialState) -> str | None:
         """Why a running trial should wait now."""
@@ -191,11 +213,20 @@ class Factored(Searcher):
             for t in state.waiting
             if t.is_paused and self._may_go_on(t.trial_id)
         }
-        if not paused:
+        known = {} if is_last else self._only_known(state)
+        if not paused and not known:
             return None
-        if self.parts.confirm and (winner := self._to_confirm(state, paused, is_last)):
+        if self.parts.confirm and (winner := self._to_confirm(state, known | paused, is_last)):
             return winner
         return self._promoted(state, paused)
+
+    def _only_known(self, state: SearchState) -> dict[int, str]:
+        """Trials that earlier searches ran, by recipe: the winner may be trained further."""
+        return {
+            recipe: trial_id
+            for trial_id, (recipe, _) in self.taught.places.items()
+            if state.trials[trial_id].is_only_known and self._may_go_on(trial_id)
+        }
 
     def _may_go_on(self, trial_id: str) -> bool:
         recipe = self.places[trial_id][0]
@@ -210,6 +241,8 @@ class Factored(Searcher):
             return None
         total = self.space.search_budget.usd
         left = np.inf if total is None else total - state.spent_usd(state.last_at)
+        if state.trials[leader].is_only_known:  # its checkpoint is not here
+            missing += self._tokens(recipe)
         price = missing * self._usd_per_token(*self.places[leader])
         return leader if is_last or left < RESERVE * price else None
 
@@ -281,40 +314,29 @@ class Factored(Searcher):
         points = self._points(usable)
         if len(points.recipe) > GROWTH * self.learned_from:
             self.learned_from = len(points.recipe)
-            self.curves.fit_law([self._curve(r) for r in usable.tolist()])
+            n = np.exp(self.menu.log_n)
+            curves = [self.records[r].curve(str(r), n[r]) for r in usable.tolist()]
+            self.curves.fit_law([*curves, *self.taught.elsewhere])
             self.curves.learn(self._features().take(usable), points)
         return usable, points
 
     def _points(self, recipes: NDArray[np.intp]) -> Points:
         rows: list[tuple[int, float, float]] = []
         for place, recipe in enumerate(recipes.tolist()):
-            record, last = self.records[recipe], np.inf
-            taken = 0
-            for tokens, loss in zip(reversed(record.tokens), reversed(record.loss), strict=True):
-                if tokens <= last / 2 and taken < MOST_POINTS:
-                    rows.append((place, np.log(tokens), np.log(loss)))
-                    last, taken = tokens, taken + 1
+            chosen = self.records[recipe].thinned(MOST_POINTS)
+            rows += [(place, np.log(tokens), np.log(loss)) for tokens, loss in chosen]
         columns = np.array(rows).reshape(-1, 3).T
         return Points(columns[0].astype(np.intp), columns[1], columns[2])
 
-    def _curve(self, recipe: int) -> Curve:
-        record = self.records[recipe]
-        yes = np.ones(len(record.tokens), bool)
-        n = float(np.exp(self.menu.log_n[recipe]))
-        return Curve(str(recipe), n, np.array(record.tokens), np.array(record.loss), yes, ~yes)
-
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now: the lowest pessimistic score."""
-        tried = self._usable()
-        if not len(tried):
+        if not len(self._usable()):
             return None
-        recipes, posterior = self._posterior()
-        spread = posterior.sd_within(np.arange(len(recipes)))
-        best = int(recipes[np.argmin(posterior.mean + PESSIMISM_SDS * spread)])
         by_recipe = defaultdict(list)
         for trial_id, (recipe, _) in self.places.items():
             if trial_id in state.trials and trial_id not in self.failed:
                 by_recipe[recipe].append(trial_id)
+        best = next((r for r in self._ranked() if r not in self.taught.open or by_recipe[r]), -1)
         return max(by_recipe[best], key=lambda t: state.trials[t].tokens, default=None)
 
     # --- what is next -----------------------------------------------------------------------------
@@ -322,25 +344,44 @@ class Factored(Searcher):
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
-        taken = {self.places[t][0] for t in state.trials if t not in self.failed}
-        taken |= {r for r, x in self.records.items() if x.loss or x.diverged}
+        taken = {r for t, (r, _) in self.places.items() if t not in self.failed}
+        still_open = self.taught.open - taken
+        measured = {r for r, x in self.records.items() if x.loss or x.diverged}
+        taken |= measured - still_open
         left = np.array([r for r in range(len(self.menu.recipes)) if r not in taken], np.intp)
         left = left[[bool(self.menu.allowed(r).any()) for r in left.tolist()]]
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
-        for recipe in drawn[np.argsort(-self._worth(drawn, state), kind="stable")][:PROPOSED]:
-            system = self._system(int(recipe), state, rng)
-            run = None if system is None else self.menu.resolve(int(recipe), system)
+        best = drawn[np.argsort(-self._worth(drawn, state), kind="stable")][:PROPOSED].tolist()
+        for recipe in [*self._wanted(still_open), *best]:
+            system = self._system(recipe, state, rng)
+            run = None if system is None else self.menu.resolve(recipe, system)
             if run is not None and system is not None and run.trial_id not in state.trials:
-                yield Proposal(self.menu.point(int(recipe), system), run)
+                yield Proposal(self.menu.point(recipe, system), run)
+
+    def _wanted(self, still_open: set[int]) -> list[int]:
+        """The recipe believed to be the best, where it is known and has not run in this space."""
+        best = self._ranked()[:1] if still_open else []
+        return [recipe for recipe in best if recipe in still_open]
+
+    def _ranked(self) -> list[int]:
+        """Recipes that may win, the lowest pessimistic score first."""
+        recipes, posterior = self._posterior()
+        spread = posterior.sd_within(np.arange(len(recipes)))
+        order = np.argsort(posterior.mean + PESSIMISM_SDS * spread, kind="stable")
+        return [int(recipe) for recipe in recipes[order]]
 
     def _worth(self, candidates: NDArray[np.intp], state: SearchState) -> Floats:
         """Expected improvement over the leader per price, of each candidate."""
         known, points = self._data()
         going = [self.places[t.trial_id][0] for t in state.running]
         blind = np.array([r for r in dict.fromkeys(going) if r not in set(known.tolist())], np.intp)
-        recipes = np.concatenate([known, blind, candidates])
+        seen = np.concatenate([known, blind])
+        fresh = candidates[~np.isin(candidates, seen)]  # of the others the loss is known already
+        recipes = np.concatenate([seen, fresh])
+        place = {recipe: i for i, recipe in enumerate(recipes.tolist())}
+        new = np.array([place[recipe] for recipe in candidates.tolist()])
         posterior = self.curves.posterior(self._features().take(recipes), points)
         covariance = posterior.covariance
         for i in range(len(known), len(known) + len(blind)):  # as if they had been measured
@@ -348,9 +389,8 @@ class Factored(Searcher):
                 covariance[i, i] + 1e-5
             )
         posterior = Posterior(posterior.mean, covariance)
-        new = slice(len(known) + len(blind), None)
         if not len(known):
-            return -posterior.mean[new]
+            return np.asarray(-posterior.mean[new])
         spread = posterior.sd_within(np.arange(len(known)))
         best = int(np.argmin(posterior.mean[: len(known)] + PESSIMISM_SDS * spread))
         gain = posterior.mean[best] - posterior.mean[new]
@@ -408,9 +448,3 @@ class Factored(Searcher):
             hope = expected_improvement(gain - gain[best], costs.sd + 1e-9) * (1 - costs.p_oom)
             value = np.where(np.isfinite(price), hope * future - (price - price[best]), -np.inf)
         return int(np.argmax(value))
-
-
-def expected_improvement(gain: Floats, sd: Floats) -> Floats:
-    """Mean of max(0, X) for X normal with that mean and standard deviation."""
-    z = gain / sd
-    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))

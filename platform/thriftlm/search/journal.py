@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
 
@@ -44,6 +44,40 @@ class SearchStarted(Event):
     """Packages, Python, git commit, price snapshot."""
     unique_tokens: dict[str, int]
     """Training tokens in each corpus that the space uses, by the digest of its `DataSpec`."""
+
+
+class KnownRun(Spec):
+    """What an earlier search knows of one run, as far as it is of use to this one."""
+
+    run_id: str
+    """What its source calls it."""
+    recipe_id: str
+    """Of the recipe in this search where that is one of its space, else of the source."""
+    n_params: PositiveFloat
+    """Stored parameters without embeddings."""
+    point: dict[str, Any]
+    """Its varied fields: all of them, without those of the system where that lies outside the
+    space, or none where the recipe does and only the law learns of it."""
+    trial_id: str | None
+    """The trial that it stands for and that is not run again; None where it was measured to too few
+    tokens, and outside the space."""
+    run: RunSpec | None
+    """The whole run, as far as it is known."""
+    usd_per_hour: float | None
+    """Price of its system when it was taken in; None outside the space."""
+    status: Status
+    """How it ended; `running` where it was cut short."""
+    reports: tuple[Progress, ...]
+    """What it measured, by tokens."""
+
+
+class Known(Event):
+    """Runs of an earlier search that this one begins with; follows the first line."""
+
+    kind: Literal["known"] = "known"
+    source: str
+    """Where they came from."""
+    runs: tuple[KnownRun, ...]
 
 
 class SearchResumed(Event):
@@ -130,6 +164,7 @@ class SearchEnded(Event):
 
 AnyEvent = Annotated[
     SearchStarted
+    | Known
     | SearchResumed
     | Suggested
     | Allocated

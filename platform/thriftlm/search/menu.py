@@ -57,6 +57,22 @@ class Menu:
         recipe = tuple(point[path] for path in self.learn_paths)
         return self.recipe_at[recipe], self.system_at[tuple(point[p] for p in self.system_paths)]
 
+    def place(self, point: Point) -> tuple[int | None, int | None]:
+        """Recipe and system of a point of which either half may be missing, or not on the menu."""
+        recipe, system = _halves(point)
+        return (
+            self.recipe_at.get(tuple(recipe.get(path) for path in self.learn_paths)),
+            self.system_at.get(tuple(system.get(path) for path in self.system_paths)),
+        )
+
+    def fact(self, run: RunSpec) -> tuple[int, int] | None:
+        """Shape and system of a run, also of a recipe that is not on the menu."""
+        case = case_of(run)._replace(system=self.specs[0])
+        if run.system not in self.specs or case not in self.shapes:
+            return None
+        shape, system = self.shapes.index(case), self.specs.index(run.system)
+        return (shape, system) if self.runs_on[shape, system] else None
+
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
         able = self.runs_on[self.shape_of[recipe]]
@@ -126,14 +142,17 @@ def _scaled(column: Floats) -> Floats:
     return np.asarray((column - low) / (high - low))
 
 
-def menu_of(space: Space) -> Menu:
-    """The menu of a space; that of a recorded one is computed once and shared by its searches."""
+def menu_of(space: Space, also: Sequence[Point] = ()) -> Menu:
+    """The menu of a space; that of a recorded one is computed once and shared by its searches.
+
+    Where not all points are listed, those of `also` are on it; one may be of a recipe alone.
+    """
     if isinstance(space, RecordedSpace):
         if "menu" not in space.shared:
             space.shared["menu"] = _recorded_menu(space)
         found: Menu = space.shared["menu"]
         return found
-    return _menu(space)
+    return _menu(space, also)
 
 
 def _recorded_menu(space: RecordedSpace) -> Menu:
@@ -151,13 +170,22 @@ def _ordered(space: Space, point: Mapping[str, Value]) -> dict[str, Value]:
     return {path: point[path] for path in space.domains if path in point}
 
 
-def _menu(space: Space) -> Menu:
+def _menu(space: Space, also: Sequence[Point]) -> Menu:
     """All recipes and systems where they are few, else so many draws of the space's seed."""
     rng = np.random.default_rng(space.search.seed)
     learn = {p: d for p, d in space.domains.items() if not p.startswith("system.")}
     where = {p: d for p, d in space.domains.items() if p.startswith("system.")}
-    recipes = _points(learn, MOST_RECIPES, rng)
-    return _assembled(space, recipes, _points(where, MOST_SYSTEMS, rng), None, None)
+    recipes, systems = _points(learn, MOST_RECIPES, rng), _points(where, MOST_SYSTEMS, rng)
+    for recipe, system in map(_halves, also):
+        recipes += [recipe] if recipe not in recipes else []
+        systems += [system] if len(system) == len(where) and system not in systems else []
+    return _assembled(space, recipes, systems, None, None)
+
+
+def _halves(point: Point) -> tuple[dict[str, Value], dict[str, Value]]:
+    """What of a point is the recipe, and what the system."""
+    system = {path: value for path, value in point.items() if path.startswith("system.")}
+    return {path: value for path, value in point.items() if path not in system}, system
 
 
 def _points(

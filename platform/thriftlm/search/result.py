@@ -16,9 +16,12 @@ class TrialRow(Spec):
     trial_id: str
     kind: Literal["learn"] = "learn"
     """What it measured: loss."""
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     status: str
     """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
-    before it could start, or start again; `paused` where others promised more."""
+    before it could start, or start again; `paused` where others promised more; `known` where an
+    earlier search has run it and this one has not."""
     reason: str
     """Why it ended early."""
     config: dict[str, Any]
@@ -41,6 +44,8 @@ class Best(Spec):
     """The trial that wins, and what it promises."""
 
     trial_id: str
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     config: dict[str, Any]
     """The run, nested like a RunSpec."""
     loss_at_budget: float
@@ -102,6 +107,7 @@ def best(trial: TrialState, score: Score) -> Best:
     """The winner's summary."""
     return Best(
         trial_id=trial.trial_id,
+        source=trial.source if trial.is_only_known else None,
         config=trial.run.model_dump(mode="json"),
         loss_at_budget=score.loss_at_budget,
         low=score.low,
@@ -114,9 +120,10 @@ def best(trial: TrialState, score: Score) -> Best:
 
 def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
     """One trial's line of the answer."""
-    status = trial.status or _unended(trial)
+    status = "known" if trial.is_only_known else trial.status or _unended(trial)
     return TrialRow(
         trial_id=trial.trial_id,
+        source=trial.source,
         status=status,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),

@@ -1,13 +1,14 @@
 """From trials to scores: which points of which curves enter, and what a token costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from threadpoolctl import threadpool_limits
 
+from thriftlm.search.journal import KnownRun
 from thriftlm.search.objective import LossUnit, Observation, Score, curve_of, score_all
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import Status
+from thriftlm.spec import Progress, Status
 from thriftlm_models.counts import non_embedding_params
 
 INTERVAL_SAMPLES = 64
@@ -34,6 +35,7 @@ def score_trials(
         return {}
     unit: LossUnit = "bits_per_byte" if "data.tokenizer" in space.domains else "nats_per_token"
     observations = [observation(trial, unit, until_tokens) for trial in trials]
+    observations += [known_observation(one, unit, until_tokens) for one in beside(state)]
     with threadpool_limits(1):  # the cores belong to the workers
         return score_all(
             observations,
@@ -47,14 +49,36 @@ def score_trials(
         )
 
 
+def beside(state: SearchState) -> list[KnownRun]:
+    """Known runs whose points belong to the law and that are no trial's.
+
+    Those outside the space, those of too few tokens, and those of trials that are trained again.
+    """
+    if not state.known:
+        return []
+    own = {trial.trial_id for trial in state.trials.values() if trial.is_only_known}
+    return [one for one in state.known if one.trial_id not in own]
+
+
+def known_observation(one: KnownRun, unit: LossUnit, until_tokens: int | None) -> Observation:
+    """Points of a known run for the law; it gets no score."""
+    return Observation(
+        trial_id=f"known/{one.run_id}",
+        recipe_id=one.recipe_id,
+        curve=curve_of(one.recipe_id, one.n_params, _until(one.reports, until_tokens), unit),
+        usd_per_token=None,
+        tokens_per_s_total=None,
+        basis="measured",
+        status=one.status,
+        system_key="",
+    )
+
+
 def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> Observation:
     """What a trial measured."""
-    before = [0, *(report.tokens for report in trial.curve)]
-    reports = [
-        p for p, b in zip(trial.curve, before, strict=False) if b < (until_tokens or p.tokens)
-    ]
+    reports = _until(trial.curve, until_tokens)
     rate = trial.tokens_per_s()
-    usd_per_hour = trial.allocations[-1].usd_per_hour if trial.allocations else None
+    usd_per_hour = trial.usd_per_hour
     system = trial.run.system
     return Observation(
         trial_id=trial.trial_id,
@@ -66,6 +90,12 @@ def observation(trial: TrialState, unit: LossUnit, until_tokens: int | None) -> 
         status=outcome(trial),
         system_key=f"{system.n_gpus} x {system.gpu} {system.strategy}",
     )
+
+
+def _until(reports: Sequence[Progress], until_tokens: int | None) -> list[Progress]:
+    """Reports up to the first that reached a token count, all of them without one."""
+    before = [0, *(report.tokens for report in reports)]
+    return [p for p, b in zip(reports, before, strict=False) if b < (until_tokens or p.tokens)]
 
 
 def outcome(trial: TrialState) -> Status:

@@ -91,7 +91,7 @@ class SearchStanding(Spec):
     budget_usd: float | None
     budget_trials: int | None
     trials: dict[str, int]
-    """Trials by status."""
+    """Trials by status; `known` ones an earlier search has run."""
     running: list[RunningTrial]
     leader: Leader | None
     """None while nothing was learned."""
@@ -207,6 +207,8 @@ class _Seen:
         return str(self.setting("search", "algorithm") or usual)
 
     def trial_status(self, trial: TrialState) -> str:
+        if trial.is_only_known:
+            return "known"
         if trial.status is not None:
             return trial.status
         if trial.is_running and self.is_live:
@@ -284,7 +286,7 @@ def _listed(folder: Path) -> ListedSearch:
         name=folder.name,
         status=seen.status,
         algorithm=seen.algorithm,
-        trials=len(seen.state.trials),
+        trials=seen.state.n_started,
         spent_usd=seen.state.spent_usd(seen.now),
         budget_usd=seen.setting("search_budget", "usd"),
         best_loss_at_budget=_best_loss(seen),

@@ -9,6 +9,8 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Known,
+    KnownRun,
     Released,
     Reported,
     RunMinted,
@@ -53,6 +55,19 @@ class TrialState:
     status: str | None = None
     reason: str = ""
     checkpoint: str | None = None
+    source: str | None = None
+    """Where a run that was known before this search came from."""
+    known_usd_per_hour: float | None = None
+
+    @property
+    def is_only_known(self) -> bool:
+        """Whether an earlier search measured it, and this one has not run it."""
+        return self.source is not None and not self.allocations
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Price of everything billed for it, None before it was ever allocated."""
+        return self.allocations[-1].usd_per_hour if self.allocations else self.known_usd_per_hour
 
     @property
     def is_running(self) -> bool:
@@ -109,6 +124,10 @@ class SearchState:
         self.hours_before = 0.0
         self.session_since = 0.0
         self.last_at = 0.0
+        self.known: list[KnownRun] = []
+        """What earlier searches have measured; those that stand for a trial are in `trials` too."""
+        self.n_started = 0
+        """Trials that are this search's own."""
         for event in events:
             self.apply(event)
 
@@ -145,6 +164,18 @@ class SearchState:
         self.started, self.session_since = event, event.at
 
     @_apply.register
+    def _(self, event: Known) -> None:
+        for one in event.runs:
+            self.known.append(one)
+            trial_id, run = one.trial_id, one.run
+            if trial_id is None or run is None or trial_id in self.trials:
+                continue
+            trial = TrialState(trial_id, -len(self.known), one.point, run, list(one.reports))
+            trial.source, trial.known_usd_per_hour = event.source, one.usd_per_hour
+            trial.status = one.status if one.status in ("oom", "diverged") else "done"
+            self.trials[trial_id] = trial
+
+    @_apply.register
     def _(self, event: SearchResumed) -> None:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
@@ -157,10 +188,14 @@ class SearchState:
         self.trials[event.trial_id] = TrialState(
             event.trial_id, event.number, event.point, event.run
         )
+        self.n_started += 1
 
     @_apply.register
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
+        if trial.is_only_known:  # it is trained beyond what is known, from its beginning
+            trial.status, trial.curve = None, []
+            self.n_started += 1
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
         trial.reported_at = []
         trial.stop_reason = None

@@ -271,7 +271,7 @@ def test_the_factored_searcher_knows_curves_and_speeds(lab, earlier):
     assert isinstance(searcher, Factored)
     assert len(searcher.records) == len({t.run.recipe_id for t in desk.state.trials.values()})
     assert searcher.systems.measured
-    assert set(np.exp(list(searcher.systems.measured.values()))) == {pytest.approx(1000.0)}
+    assert np.exp(list(searcher.systems.measured.values())) == pytest.approx(1000.0)
     assert searcher.leader(desk.state) in desk.state.trials
 
 
@@ -296,9 +296,9 @@ def test_a_known_curve_is_not_shortened_by_a_run_on_another_system(lab, earlier)
     known = {recipe: record.last_tokens for recipe, record in searcher.records.items()}
     assert searcher.taught.open == set(known)
     assert searcher.leader(desk.state) is None
-    first = desk.next_trial()
-    assert searcher.places[first.trial_id][0] in known
     lab.run(desk)
+    first = next(e.trial_id for e in desk.journal.events if isinstance(e, Suggested))
+    assert searcher.places[first][0] in known
     for recipe, tokens in known.items():
         assert searcher.records[recipe].last_tokens >= tokens
 
@@ -361,7 +361,7 @@ def test_a_search_is_a_replay_of_its_journal_without_the_source(lab, earlier, al
     lab.run(resumed, checkpoints=first.checkpoints)
     known = {t for t, trial in resumed.state.trials.items() if trial.is_only_known}
     assert len(known) == 6
-    assert resumed.state.n_started == 5
+    assert resumed.state.n_started == whole.state.n_started
     assert len(resumed.state.known) == 6
 
 

@@ -177,8 +177,7 @@ class _Match:
         status = STATUSES.get(str(rows[-1].get("status") or "done"))
         spec = _spec(rows[0])
         self._require_same_data(rows[0], spec)
-        point, run = self._place(rows[0], spec)
-        is_pair = run is not None and len(point) == len(self.space.domains)
+        point, run, is_pair = self._place(rows[0], spec)
         shown = run if is_pair else spec
         reports = _reports(rows, None if shown is None else shown.system.n_gpus)
         measured = any(p.val_loss is not None and p.tokens > 0 for p in reports)
@@ -226,22 +225,27 @@ class _Match:
             if theirs is not None and str(theirs) not in ours:
                 raise LeftOut(f"{name} {theirs}, where the space has {' or '.join(sorted(ours))}")
 
-    def _place(self, row: Row, spec: RunSpec | None) -> tuple[dict[str, Any], RunSpec | None]:
-        """The point as far as the space has it, and a run of that recipe in the space."""
+    def _place(self, row: Row, spec: RunSpec | None) -> tuple[dict[str, Any], RunSpec | None, bool]:
+        """Where a run lies in the space.
+
+        The point as far as the space has it, a run of that recipe in the space, and whether that is
+        on the same system.
+        """
         point = {
             path: _inside(domain, _cell(row, spec, path))
             for path, domain in self.space.domains.items()
         }
         recipe = {p: v for p, v in point.items() if not p.startswith("system.")}
         if OUTSIDE in recipe.values() or not self._constants_agree(row):
-            return {}, None
+            return {}, None, False
         if OUTSIDE not in point.values():
             run = self.space.resolve(point, self.space.search.seed)
             if isinstance(run, RunSpec) and _is_run(run, row, spec):
-                return point, run
+                return point, run, True
         for run in self._elsewhere(recipe):
-            return (recipe, run) if _same_recipe(run, row, spec) else ({}, None)
-        return {}, None
+            if _same_recipe(run, row, spec):
+                return recipe, run, False
+        return {}, None, False
 
     def _elsewhere(self, recipe: dict[str, Any]) -> Iterator[RunSpec]:
         """Runs of a recipe on systems of the space, the first few."""

@@ -30,10 +30,12 @@ def _rows(trial: TrialState, unique: dict[str, int]) -> list[dict[str, Any]]:
         "run": run.model_dump_json(),
     }
     usd_per_hour = trial.allocations[-1].usd_per_hour
-    last = trial.curve[-1] if trial.curve else None
+    curve = trial.curve
+    if not curve and trial.status == "oom":  # a worker that was ended could not report it
+        curve = [Progress(status="oom", step=0, tokens=0)]
     return [
-        fixed | _report(report, run.system.n_gpus, usd_per_hour, _status(trial, report is last))
-        for report in trial.curve
+        fixed | _report(one, run.system.n_gpus, usd_per_hour, _status(trial, one is curve[-1]))
+        for one in curve
     ]
 
 

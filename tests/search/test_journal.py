@@ -14,6 +14,8 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Journal,
+    Known,
+    KnownRun,
     Released,
     Reported,
     RunMinted,
@@ -40,6 +42,22 @@ RUN = RunSpec(
 )
 EVERY_KIND = [
     STARTED,
+    Known(
+        source="ü.parquet",
+        runs=(
+            KnownRun(
+                run_id="1",
+                recipe_id="r",
+                n_params=3.0,
+                point={"optim.lr": 0.1 + 0.2},
+                trial_id="t0",
+                run=RUN,
+                usd_per_hour=1 / 3,
+                status="stopped",
+                reports=(Progress(status="stopped", step=1, tokens=8, val_loss=1e-17),),
+            ),
+        ),
+    ),
     SearchResumed(at=2.5),
     Suggested(
         trial_id="t", number=0, point={"optim.lr": 0.1 + 0.2, "system.compile": False}, run=RUN

@@ -114,6 +114,12 @@ def search(
             "(`report --runs`), or mlflow:EXPERIMENT. May be given several times.",
         ),
     ] = [],  # noqa: B006
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Start workers for every trial, instead of handing live ones on."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -152,6 +158,7 @@ def search(
         tracking_uri=tracking,
         address=address,
         resume=resume,
+        cold=cold,
         overrides=tuple(overrides),
         known=tuple(one.known for one in known),
     )

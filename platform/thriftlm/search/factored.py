@@ -10,6 +10,7 @@ The searcher is fed with the events of the journal and nothing else, so that the
 the same decisions, also when it is replayed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,6 +207,10 @@ class Factored(Searcher):
             return None
         return f"{PAUSED} at {trial.tokens} tokens"
 
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """The rung, or the end, where its budget buys no more."""
+        return math.ceil(self.targets[trial.trial_id])
+
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
         paused = {
@@ -213,20 +218,13 @@ class Factored(Searcher):
             for t in state.waiting
             if t.is_paused and self._may_go_on(t.trial_id)
         }
-        known = {} if is_last else self._only_known(state)
+        known = {} if is_last else self.taught.not_run_here(state)
+        known = {recipe: t for recipe, t in known.items() if self._may_go_on(t)}
         if not paused and not known:
             return None
         if self.parts.confirm and (winner := self._to_confirm(state, known | paused, is_last)):
             return winner
         return self._promoted(state, paused)
-
-    def _only_known(self, state: SearchState) -> dict[int, str]:
-        """Trials that earlier searches ran, by recipe: the winner may be trained further."""
-        return {
-            recipe: trial_id
-            for trial_id, (recipe, _) in self.taught.places.items()
-            if state.trials[trial_id].is_only_known and self._may_go_on(trial_id)
-        }
 
     def _may_go_on(self, trial_id: str) -> bool:
         recipe = self.places[trial_id][0]

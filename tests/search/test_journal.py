@@ -12,7 +12,9 @@ import pytest
 from thriftlm.search.journal import (
     JOURNAL_VERSION,
     Allocated,
+    Dismissed,
     Ended,
+    Idle,
     Journal,
     Known,
     KnownRun,
@@ -62,7 +64,9 @@ EVERY_KIND = [
     Suggested(
         trial_id="t", number=0, point={"optim.lr": 0.1 + 0.2, "system.compile": False}, run=RUN
     ),
-    Allocated(trial_id="t", usd_per_hour=1 / 3, price="aws c7i"),
+    Allocated(trial_id="t", usd_per_hour=1 / 3, price="aws c7i", gang="g"),
+    Idle(gang="g", system=RUN.system, usd_per_hour=1 / 3),
+    Dismissed(gang="g", usd=2e-9),
     Reported(
         trial_id="t",
         progress=Progress(status="running", step=1, tokens=8, val_loss=1e-17, detail="ü\n\u2028"),

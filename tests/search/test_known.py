@@ -165,6 +165,17 @@ def test_a_table_without_what_is_needed_is_refused(lab, earlier):
         taken(grid(lab), bare)
 
 
+@pytest.mark.parametrize(("word", "points"), [("interrupted", 6), (None, 6), ("failed", 0)])
+def test_what_was_cut_short_counts_by_its_tokens(lab, earlier, word, points):
+    ends = {row["run_id"]: row["tokens"] for row in earlier}
+    rows = [
+        row | {"status": word if row["tokens"] == ends[row["run_id"]] else "running"}
+        for row in earlier
+    ]
+    found = taken(grid(lab), rows)
+    assert (found.points, len(found.known.runs)) == (points, 6)
+
+
 def test_two_sources_of_one_run_cover_one_point(lab, earlier):
     claimed = set()
     first = take_in(grid(lab), "a", columns_of(earlier), claimed)

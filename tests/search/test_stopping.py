@@ -1,10 +1,11 @@
 """A request to end a search reaches its driver and no other one, and ends it as Ctrl-C does."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from thriftlm.search.desk import INTERRUPTED
+from thriftlm.search.desk import INTERRUPTED, Finished
 from thriftlm.search.journal import Journal, is_held
 from thriftlm.search.stopping import (
     REQUEST_FILE,
@@ -90,6 +91,24 @@ def test_a_search_that_is_asked_ends_at_the_next_reports_and_goes_on_when_resume
     again = lab.run_until(resumed, later.asked, checkpoints=cluster.checkpoints)
     assert again.reason == "search budget of 4 trials"
     assert {trial.status for trial in resumed.state.trials.values()} == {"done"}
+
+
+def test_a_turn_of_the_driver_obeys_a_request(lab, tmp_path):
+    """Ray's side alone is left out: the actor that the trials ask, and the gangs."""
+    from thriftlm.search.driver import Turn
+
+    desk, told = lab.desk(lab.space()), []
+    actor = SimpleNamespace(stop=SimpleNamespace(remote=told.append))
+    hosts = SimpleNamespace(exchange=actor, settle=lambda desk: None)
+    turn = Turn(desk, hosts, StopRequests(tmp_path, iter([0.0, 2.0, 4.0]).__next__))
+    trial = desk.next_trial()
+    turn.take()
+    assert not desk.interrupted
+    ask(tmp_path)
+    turn.take()
+    assert desk.interrupted
+    assert told == [trial.trial_id]
+    assert desk.next_trial() == Finished(INTERRUPTED)
 
 
 def test_the_lock_tells_who_lives(tmp_path):

@@ -34,14 +34,14 @@ SYSTEMS_TRIED = 30
 """Systems tried for a recipe whose own lies outside the space."""
 ENOUGH = 0.95
 """Of the tokens to which a search trains before it judges: recipes end at whole steps."""
-STATUSES: dict[str, Status] = {
-    "running": "running",
+ENDS: dict[str, Status] = {
     "done": "done",
     "stopped": "stopped",
     "oom": "oom",
     "diverged": "diverged",
 }
-"""How a recorded run ended; any other word, `failed` included, says nothing of the run."""
+"""How a recorded run ended. What has another word, or none, was cut short: its points stay, and
+unless it failed they can be enough."""
 Row = Mapping[str, Any]
 
 
@@ -142,10 +142,9 @@ def columns_of(rows: Sequence[Row]) -> Columns:
 
 def first_verdict_tokens(space: Space) -> int:
     """Tokens to which the search trains a trial before anything is decided about it."""
-    search = space.search
-    pauses = search.algorithm == "factored" or space.scheduler == "asha"
-    fidelity = search.fidelity
-    return fidelity.rungs[0] if pauses and fidelity.rungs else fidelity.max_tokens
+    fidelity = space.search.fidelity
+    has_rungs = space.search.algorithm == "factored" or space.scheduler != "none"
+    return fidelity.rungs[0] if has_rungs and fidelity.rungs else fidelity.max_tokens
 
 
 def _runs_of(columns: Columns) -> dict[str, list[Row]]:
@@ -156,7 +155,7 @@ def _runs_of(columns: Columns) -> dict[str, list[Row]]:
         row = dict(zip(names, cells, strict=True))
         found[str(row["run_id"])].append(row)
     for rows in found.values():
-        rows.sort(key=lambda row: _number(row, "tokens") or 0.0)
+        rows.sort(key=lambda row: _positive(row, "tokens") or 0.0)
     return found
 
 
@@ -174,7 +173,8 @@ class _Match:
         Raises:
             LeftOut: it is of no use.
         """
-        status = STATUSES.get(str(rows[-1].get("status") or "done"))
+        word = str(rows[-1].get("status") or "")
+        status = ENDS.get(word, "running")
         spec = _spec(rows[0])
         self._require_same_data(rows[0], spec)
         point, run, is_pair = self._place(rows[0], spec)
@@ -200,10 +200,10 @@ class _Match:
             trial_id=None,
             run=shown,
             usd_per_hour=prices.usd_per_hour(run.system) if is_pair and run else None,
-            status=status or "running",
+            status=status,
             reports=tuple(reports),
         )
-        if run is not None and is_pair and status and self._counts_as_tried(found, run):
+        if run is not None and is_pair and word != "failed" and self._counts_as_tried(found, run):
             return found.model_copy(update={"trial_id": run.trial_id})
         return found
 
@@ -268,7 +268,7 @@ class _Match:
     def _n_params(self, row: Row, run: RunSpec | None) -> float:
         if run is not None:
             return float(non_embedding_params(run.model))
-        found = _number(row, "non_embedding_params")
+        found = _positive(row, "non_embedding_params")
         if not found:
             raise LeftOut("outside the space, and without non_embedding_params for the law")
         return found
@@ -307,7 +307,7 @@ def _cell(row: Row, spec: RunSpec | None, path: str) -> Any:
 def _same_recipe(run: RunSpec, row: Row, spec: RunSpec | None) -> bool:
     """Whether the run of this space has the loss curve that was recorded, but for its seed."""
     if spec is None:
-        params = _number(row, "params")
+        params = _positive(row, "params")
         return params is None or math.isclose(params, stored_params(run.model))
     pairs: list[tuple[Spec, Spec]] = [
         (run.model, spec.model),
@@ -331,28 +331,28 @@ def _reports(rows: Sequence[Row], n_gpus: int | None) -> list[Progress]:
     """
     found = []
     for row in rows:
-        rate, is_last = _number(row, "tokens_per_s"), row is rows[-1]
-        status = STATUSES.get(str(row.get("status") or "")) if is_last else "running"
+        rate, is_last = _positive(row, "tokens_per_s"), row is rows[-1]
+        status = ENDS.get(str(row.get("status")), "running") if is_last else "running"
         decayed = row.get("decayed")
         found.append(
             Progress(
-                status=status or "running",
+                status=status,
                 step=0,
-                tokens=int(_number(row, "tokens") or 0),
-                val_loss=_number(row, "loss"),
-                val_bits_per_byte=_number(row, "bits_per_byte"),
+                tokens=int(_positive(row, "tokens") or 0),
+                val_loss=_positive(row, "loss"),
+                val_bits_per_byte=_positive(row, "bits_per_byte"),
                 decayed=is_last if decayed is None else bool(decayed),
                 warming_up=bool(row.get("warming_up") or False),
-                tokens_per_s=rate / n_gpus if rate and rate > 0 and n_gpus else None,
+                tokens_per_s=rate / n_gpus if rate and n_gpus else None,
             )
         )
     return found
 
 
-def _number(row: Row, name: str) -> float | None:
-    """A cell as a finite number, None where it is none."""
+def _positive(row: Row, name: str) -> float | None:
+    """A cell as a finite number above 0, None where it is none."""
     try:
         value = float(row[name])
     except (KeyError, TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) and value > 0 else None

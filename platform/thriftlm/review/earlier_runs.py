@@ -8,8 +8,8 @@ from thriftlm.search.journal import read
 from thriftlm.search.known import TakenIn, columns_of, take_in
 from thriftlm.search.recorded import recorded_rows
 from thriftlm.search.space import Space
-from thriftlm.search.standing import JOURNAL
 from thriftlm.search.state import SearchState
+from thriftlm.search.status import JOURNAL
 from thriftlm.search.storage import Storage
 from thriftlm.spec import InputError
 

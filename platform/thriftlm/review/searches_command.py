@@ -12,7 +12,7 @@ import typer
 from thriftlm.review.options import Json, StorageOption
 
 if TYPE_CHECKING:
-    from thriftlm.search.standing import ListedSearch, RunningTrial, SearchStanding
+    from thriftlm.search.status import ListedSearch, RunningTrial, SearchStanding
     from thriftlm.search.stopping import Driver
 
 WAIT_SECONDS = 0.5
@@ -25,7 +25,7 @@ SearchName = Annotated[
 
 def searches(storage: StorageOption = None, as_json: Json = False) -> None:
     """List the searches of the storage folder, the latest first."""
-    from thriftlm.search.standing import listed
+    from thriftlm.search.status import listed
     from thriftlm.search.storage import storage as storage_at
 
     place = storage_at(storage)
@@ -40,7 +40,7 @@ def searches(storage: StorageOption = None, as_json: Json = False) -> None:
 
 def status(search: SearchName, storage: StorageOption = None, as_json: Json = False) -> None:
     """Show how a search stands, also while another process or a Ray job runs it."""
-    from thriftlm.search.standing import folder_of, standing
+    from thriftlm.search.status import folder_of, standing
     from thriftlm.search.storage import storage as storage_at
 
     found = standing(folder_of(storage_at(storage), search))
@@ -58,7 +58,7 @@ def stop(
     As Ctrl-C does: its trials end at their next report, it prints its answer so far, and
     `search --resume` goes on. Nothing happens to a search that does not run.
     """
-    from thriftlm.search.standing import folder_of, standing
+    from thriftlm.search.status import folder_of, standing
     from thriftlm.search.storage import storage as storage_at
 
     folder = folder_of(storage_at(storage), search)
@@ -98,7 +98,7 @@ def _wait_for_end(folder: Path, driver: "Driver | None") -> None:
     What is waited for is said on stderr whenever it changes.
     """
     from thriftlm.search.journal import is_held
-    from thriftlm.search.standing import JOURNAL, standing
+    from thriftlm.search.status import JOURNAL, standing
     from thriftlm.search.stopping import driver_of
 
     said: list[str] = []

@@ -42,7 +42,7 @@ from thriftlm.search.objective import PESSIMISM_SDS
 from thriftlm.search.space import Space
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
-from thriftlm.search.warm_start import Lessons, lessons
+from thriftlm.search.warm_start import HeadStart, head_start
 from thriftlm.spec import Progress
 
 Floats = NDArray[np.float64]
@@ -104,7 +104,7 @@ class Factored(Searcher):
         self.targets: dict[str, float] = {}
         self.failed: set[str] = set()
         self.known: list[KnownRun] = []
-        self.taught = Lessons()
+        self.taught = HeadStart()
         self.trained: dict[int, float] = {}
         self.learned_from = 0
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
@@ -135,7 +135,7 @@ class Factored(Searcher):
         self.known += runs
         self.menu = menu_of(self.space, [one.point for one in self.known if one.point])
         self.systems = SystemModel.over(self.menu.prior)
-        self.taught = lessons(self.menu, self.known)
+        self.taught = head_start(self.menu, self.known)
         self.places, self.failed = dict(self.taught.places), set(self.taught.failed)
         self.records = {recipe: record.copy() for recipe, record in self.taught.records.items()}
         for shape, system, total, oom in self.taught.facts if self.parts.calibrate else ():

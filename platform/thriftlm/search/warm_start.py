@@ -16,7 +16,7 @@ from thriftlm.spec import Progress
 
 
 @dataclass
-class Lessons:
+class HeadStart:
     """Known runs by place on a menu."""
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -42,9 +42,9 @@ class Lessons:
         return {recipe: trial for recipe, trial in known if state.trials[trial].is_only_known}
 
 
-def lessons(menu: Menu, runs: Sequence[KnownRun]) -> Lessons:
+def head_start(menu: Menu, runs: Sequence[KnownRun]) -> HeadStart:
     """What runs teach about the recipes and systems of a menu."""
-    found = Lessons()
+    found = HeadStart()
     for one in runs:
         recipe, system = menu.place(one.point) if one.point else (None, None)
         if one.run is not None and (fact := menu.fact(one.run)) is not None:
@@ -60,7 +60,7 @@ def lessons(menu: Menu, runs: Sequence[KnownRun]) -> Lessons:
     return found
 
 
-def _learn_curve(found: Lessons, one: KnownRun, recipe: int) -> None:
+def _learn_curve(found: HeadStart, one: KnownRun, recipe: int) -> None:
     record = found.records.get(recipe, Record())
     if one.status == "diverged":
         record.diverged = True
@@ -74,7 +74,7 @@ def _learn_curve(found: Lessons, one: KnownRun, recipe: int) -> None:
         found.records[recipe] = record
 
 
-def _learn_speed(found: Lessons, one: KnownRun, fact: tuple[int, int]) -> None:
+def _learn_speed(found: HeadStart, one: KnownRun, fact: tuple[int, int]) -> None:
     rates = [p.tokens_per_s for p in one.reports if p.tokens_per_s is not None]
     is_out = one.status == "oom"
     if one.run is not None and (rates or is_out):
@@ -82,7 +82,7 @@ def _learn_speed(found: Lessons, one: KnownRun, fact: tuple[int, int]) -> None:
         found.facts.append((*fact, total, is_out))
 
 
-def _learn_law(found: Lessons, one: KnownRun) -> None:
+def _learn_law(found: HeadStart, one: KnownRun) -> None:
     curve = curve_of(one.recipe_id, one.n_params, [p for p in one.reports if _counts(p)])
     if len(curve.tokens):
         found.elsewhere.append(curve)

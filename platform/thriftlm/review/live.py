@@ -27,6 +27,7 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Known,
     Probed,
     Reported,
     SearchEnded,
@@ -104,6 +105,8 @@ class LiveView:
             case SearchStarted() | SearchResumed():
                 verb = "started" if isinstance(event, SearchStarted) else "resumed"
                 return f"search {verb}: {self.space.name}"
+            case Known(source=source, runs=runs):
+                return f"search knows {len(runs)} runs of {source}"
             case Allocated(trial_id=trial_id):
                 return f"{trial_id} start    {what(self.state.trials[trial_id])}"
             case Reported(trial_id=trial_id):
@@ -122,16 +125,20 @@ class LiveView:
     def render(self) -> RenderableType:
         """The table and the line below it."""
         now = time.time()
-        trials = sorted(self.state.trials.values(), key=lambda t: (t.has_ended, -t.number))
+        trials = sorted(self.own_trials(), key=lambda t: (t.has_ended, -t.number))
         rows = [cells(trial, now) for trial in trials[:SHOWN_TRIALS]]
         hidden = len(trials) - SHOWN_TRIALS
         more = [Text(f"... and {hidden} more that ended", style="dim")] if hidden > 0 else []
         table = fitted(COLUMNS, rows, self.console.width)
         return Group(table, *more, Text(self.summary(now), style="bold"))
 
+    def own_trials(self) -> list[TrialState]:
+        """Trials of this search, without those that others have run."""
+        return [trial for trial in self.state.trials.values() if not trial.is_only_known]
+
     def summary(self, now: float) -> str:
         """Best so far, money and time left."""
-        trials, budget = self.state.trials.values(), self.space.search_budget
+        trials, budget = self.own_trials(), self.space.search_budget
         losses = [trial.loss for trial in trials if trial.loss is not None]
         spent = self.state.spent_usd(now)
         parts = [f"lowest loss {min(losses):.4f}" if losses else "no loss yet"]
@@ -147,7 +154,7 @@ class LiveView:
 
     def seconds_left(self, now: float) -> float | None:
         """Wall-clock seconds to the last trial at the pace so far; None before one has ended."""
-        ended = sum(trial.has_ended for trial in self.state.trials.values())
+        ended = sum(trial.has_ended for trial in self.own_trials())
         trials = self.space.search_budget.trials
         if not ended or trials is None:
             return None

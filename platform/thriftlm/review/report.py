@@ -68,7 +68,8 @@ def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
 
 def show_best(best: Best, space: Space, console: Console) -> None:
     """Print the winner."""
-    console.print(f"\n[bold green]best: {best.trial_id}[/]")
+    known = "" if best.source is None else f" (known from {escape(best.source)}, not run again)"
+    console.print(f"\n[bold green]best: {best.trial_id}[/]{known}", soft_wrap=True)
     for name, value in best_lines(best, space):
         console.print(f"  {name:<8} {value}", soft_wrap=True, markup=False)
 

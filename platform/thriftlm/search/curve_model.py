@@ -14,7 +14,7 @@ learning them by marginal likelihood earned nothing in simulated worlds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,22 +73,6 @@ class Points:
     recipe: NDArray[np.intp]
     log_tokens: Floats
     log_loss: Floats
-
-
-@dataclass
-class Record:
-    """What is known of one recipe."""
-
-    tokens: list[float]
-    loss: list[float]
-    diverged: bool = False
-    others: dict[str, dict[float, float]] = field(default_factory=dict)
-    """Losses by tokens of each repeat with another seed."""
-
-    def mean(self, tokens: float, loss: float) -> float:
-        """A loss with those that other seeds have at the same tokens."""
-        seeds = [loss, *(other[tokens] for other in self.others.values() if tokens in other)]
-        return sum(seeds) / len(seeds)
 
 
 @dataclass(frozen=True, eq=False)

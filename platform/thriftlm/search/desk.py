@@ -331,7 +331,7 @@ class Desk:
         if self._is_full():
             return Wait()
         most = self.exploring.trials
-        is_last = most is not None and len(self.state.trials) >= most
+        is_last = most is not None and self.state.n_started >= most
         left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
         if not is_last and (start := next(left, None)) is not None:
             return self._suggested(start)
@@ -339,7 +339,7 @@ class Desk:
         if probe is not None and self._may_start(probe.run):  # else it would be in others' way
             return self._suggested(probe)
         paused = self.algorithm.resume(self.state, is_last)
-        if paused is not None:
+        if paused is not None and self.capacity.can_ever_hold(self.state.trials[paused].run.system):
             return self.state.trials[paused]
         may_go_on = self.algorithm.pauses and self.state.running
         if is_last:
@@ -364,7 +364,7 @@ class Desk:
         event = Suggested(
             at=self.clock(),
             trial_id=proposal.trial_id,
-            number=len(self.state.trials),
+            number=self.state.n_started,
             point=dict(proposal.point),
             run=proposal.run,
             repeat_of=repeat_of,

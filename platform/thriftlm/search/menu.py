@@ -58,6 +58,19 @@ class Menu:
         recipe, system = _halves(point)
         return self.recipe_at[_key(recipe)], self.system_at[_key(system)]
 
+    def place(self, point: Point) -> tuple[int | None, int | None]:
+        """Recipe and system of a point of which either half may be missing, or not on the menu."""
+        recipe, system = _halves(point)
+        return self.recipe_at.get(_key(recipe)), self.system_at.get(_key(system))
+
+    def fact(self, run: RunSpec) -> tuple[int, int] | None:
+        """Shape and system of a run, also of a recipe that is not on the menu."""
+        case = case_of(run)._replace(system=self.specs[0])
+        if run.system not in self.specs or case not in self.shapes:
+            return None
+        shape, system = self.shapes.index(case), self.specs.index(run.system)
+        return (shape, system) if self.runs_on[shape, system] else None
+
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
         shape = self.shape_of[recipe]
@@ -156,14 +169,17 @@ def _scaled(column: Floats) -> Floats:
     return np.asarray((column - low) / (high - low))
 
 
-def menu_of(space: Space) -> Menu:
-    """The menu of a space; that of a recorded one is computed once and shared by its searches."""
+def menu_of(space: Space, also: Sequence[Point] = ()) -> Menu:
+    """The menu of a space; that of a recorded one is computed once and shared by its searches.
+
+    Where not all points are listed, those of `also` are on it; one may be of a recipe alone.
+    """
     if isinstance(space, RecordedSpace):
         if "menu" not in space.shared:
             space.shared["menu"] = _recorded_menu(space)
         found: Menu = space.shared["menu"]
         return found
-    return _menu(space)
+    return _menu(space, also)
 
 
 def _recorded_menu(space: RecordedSpace) -> Menu:
@@ -181,15 +197,15 @@ def _ordered(space: Space, point: Mapping[str, Value]) -> dict[str, Value]:
     return {path: point[path] for path in space.domains if path in point}
 
 
-def _menu(space: Space) -> Menu:
+def _menu(space: Space, also: Sequence[Point]) -> Menu:
     """All recipes and systems where they are few, else so many draws of the space's seed."""
     rng = np.random.default_rng(space.search.seed)
     learn = {p: d for p, d in space.domains.items() if not p.startswith("system.")}
     where = {p: d for p, d in space.domains.items() if p.startswith("system.")}
     recipes, systems = _points(learn, MOST_RECIPES, rng), _points(where, MOST_SYSTEMS, rng)
-    for recipe, system in (_halves(start.point) for start in space.starts):
+    for recipe, system in map(_halves, [*(start.point for start in space.starts), *also]):
         recipes += [recipe] if recipe not in recipes else []
-        systems += [system] if system not in systems else []
+        systems += [system] if len(system) >= len(where) and system not in systems else []
     return _assembled(space, recipes, systems, None, None)
 
 

@@ -28,12 +28,15 @@ def _rows(trial: TrialState, unique: dict[str, int], varied: list[str]) -> list[
         "params": stored_params(run.model),
         "non_embedding_params": non_embedding_params(run.model),
         "unique_tokens": unique.get(digest(identity(run.data))),
+        "run": run.model_dump_json(),
     }
     usd_per_hour = trial.allocations[-1].usd_per_hour
-    last = trial.curve[-1] if trial.curve else None
+    curve = trial.curve
+    if not curve and trial.status == "oom":  # a worker that was ended could not report it
+        curve = [Progress(status="oom", step=0, tokens=0)]
     return [
-        fixed | _report(report, run.system.n_gpus, usd_per_hour, _status(trial, report is last))
-        for report in trial.curve
+        fixed | _report(one, run.system.n_gpus, usd_per_hour, _status(trial, one is curve[-1]))
+        for one in curve
     ]
 
 
@@ -52,6 +55,7 @@ def _report(report: Progress, n_gpus: int, usd_per_hour: float, status: str) -> 
     return {
         "tokens": report.tokens,
         "loss": report.val_loss,
+        "bits_per_byte": report.val_bits_per_byte,
         "tokens_per_s": None if rate is None else rate * n_gpus,
         "usd_per_hour": usd_per_hour,
         "decayed": report.decayed,

@@ -108,10 +108,10 @@ def read_runs(path: Path, space: Space) -> Runs:
         if not name.startswith(SECTIONS):
             continue
         column, words = _encoded(table[name])
-        domain = space.domains.get(name) or _constant(space, name)
+        domain = space.domains.get(name) or constant(space, name)
         if domain is None:
             continue
-        values = [_value_in(domain, word) for word in words]
+        values = [value_in(domain, word) for word in words]
         known = np.array([value is not OUTSIDE for value in values])
         inside &= known[column[heads]]
         if name in space.domains:
@@ -205,7 +205,7 @@ OUTSIDE = object()
 """Stands for a value that is not in a domain."""
 
 
-def _constant(space: Space, name: str) -> Choice | None:
+def constant(space: Space, name: str) -> Choice | None:
     """What a space fixes a field to where it says so plainly."""
     section, field = name.split(".", 1)
     document = space.document()
@@ -214,7 +214,7 @@ def _constant(space: Space, name: str) -> Choice | None:
     return Choice((value,)) if isinstance(value, str | int | float | bool) else None
 
 
-def _value_in(domain: Domain, word: Any) -> Any:
+def value_in(domain: Domain, word: Any) -> Any:
     """The value of the domain that a cell stands for, `OUTSIDE` where there is none."""
     if isinstance(domain, Choice):
         return next((value for value in domain.values if _equal(value, word)), OUTSIDE)

@@ -59,7 +59,7 @@ def price(first: TrialState) -> float:
 
 def are_borne(budget: Budget, state: SearchState, now: float, firsts: Sequence[TrialState]) -> bool:
     """Whether the search budget bears repeating these trials beside what runs."""
-    if budget.trials is not None and len(state.trials) + len(firsts) > budget.trials:
+    if budget.trials is not None and state.n_started + len(firsts) > budget.trials:
         return False
     going = [(t, state.trials[t.repeat_of]) for t in state.running if t.repeat_of is not None]
     open_usd = sum(max(0.0, price(first) - trial.usd(now)) for trial, first in going)

@@ -23,9 +23,12 @@ class TrialRow(Spec):
     trial_id: str
     kind: Literal["learn", "probe"] = "learn"
     """What it measured: loss, or the throughput of `timings`."""
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     status: str
     """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
-    before it could start, or start again; `paused` where others promised more."""
+    before it could start, or start again; `paused` where others promised more; `known` where an
+    earlier search has run it and this one has not."""
     reason: str
     """Why it ended early."""
     config: dict[str, Any]
@@ -54,6 +57,8 @@ class Best(Spec):
     """The trial that wins, and what it promises."""
 
     trial_id: str
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     config: dict[str, Any]
     """The run, nested like a RunSpec."""
     loss_at_budget: float
@@ -136,6 +141,7 @@ def best(state: SearchState, trial: TrialState, score: Score) -> Best:
     """The winner's summary, on the best system that was measured with its model."""
     return Best(
         trial_id=trial.trial_id,
+        source=trial.source if trial.is_only_known else None,
         config=on_best_system(state, trial).model_dump(mode="json"),
         loss_at_budget=score.loss_at_budget,
         low=score.low,
@@ -155,6 +161,7 @@ def row(
     return TrialRow(
         trial_id=trial.trial_id,
         kind=trial.kind,
+        source=trial.source,
         status=trial.stage,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),

@@ -1,15 +1,16 @@
 """From trials to scores: which points of which curves enter, and what a token costs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from threadpoolctl import threadpool_limits
 
 from thriftlm.search.comparison import Comparison, compare
+from thriftlm.search.journal import KnownRun
 from thriftlm.search.measured_systems import Measured, best_systems
 from thriftlm.search.objective import LossUnit, Observation, Predicted, Score, curve_of
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import RunSpec, Status
+from thriftlm.spec import Progress, RunSpec, Status
 from thriftlm_models.counts import non_embedding_params
 
 INTERVAL_SAMPLES = 64
@@ -55,6 +56,7 @@ def compare_trials(
     observations = [
         observation(trial, unit, until_tokens, known.get(trial.shape)) for trial in trials
     ]
+    observations += [known_observation(one, unit, until_tokens) for one in beside(state)]
     with threadpool_limits(1):  # the cores belong to the workers
         return compare(
             observations,
@@ -80,14 +82,37 @@ def configuration_of(run: RunSpec) -> str:
     return run.recipe_id if run.seed == 0 else run.model_copy(update={"seed": 0}).recipe_id
 
 
+def beside(state: SearchState) -> list[KnownRun]:
+    """Known runs whose points belong to the law and that are no trial's.
+
+    Those outside the space, those of too few tokens, and those of trials that are trained again.
+    """
+    if not state.known:
+        return []
+    own = {trial.trial_id for trial in state.trials.values() if trial.is_only_known}
+    return [one for one in state.known if one.trial_id not in own]
+
+
+def known_observation(one: KnownRun, unit: LossUnit, until_tokens: int | None) -> Observation:
+    """Points of a known run for the law; it gets no score."""
+    recipe = one.recipe_id if one.run is None else configuration_of(one.run)
+    return Observation(
+        trial_id=f"known/{one.run_id}",
+        recipe_id=recipe,
+        curve=curve_of(recipe, one.n_params, _until(one.reports, until_tokens), unit),
+        usd_per_token=None,
+        tokens_per_s_total=None,
+        basis="measured",
+        status=one.status,
+        system_key="",
+    )
+
+
 def observation(
     trial: TrialState, unit: LossUnit, until_tokens: int | None, best: Measured | None
 ) -> Observation:
     """What a trial measured; what a token costs is that of the best system known for its shape."""
-    before = [0, *(report.tokens for report in trial.curve)]
-    reports = [
-        p for p, b in zip(trial.curve, before, strict=False) if b < (until_tokens or p.tokens)
-    ]
+    reports = _until(trial.curve, until_tokens)
     system, recipe = best.system if best else trial.run.system, configuration_of(trial.run)
     return Observation(
         trial_id=trial.trial_id,
@@ -99,6 +124,12 @@ def observation(
         status=outcome(trial),
         system_key=f"{system.n_gpus} x {system.gpu} {system.strategy}",
     )
+
+
+def _until(reports: Sequence[Progress], until_tokens: int | None) -> list[Progress]:
+    """Reports up to the first that reached a token count, all of them without one."""
+    before = [0, *(report.tokens for report in reports)]
+    return [p for p, b in zip(reports, before, strict=False) if b < (until_tokens or p.tokens)]
 
 
 def outcome(trial: TrialState) -> Status:

@@ -319,8 +319,7 @@ class Cluster:
         return worth if np.isfinite(worth) else None
 
     def system_regret(self, run: int) -> float | None:
-        """Relative excess in dollars per token, of the best system that was measured with the model
-        of the answer over the best in the table."""
+        """As of `SimulatedSearch`, of a recorded run that is the answer."""
         runs, state = self.runs, self.desk.state
         same = np.flatnonzero(runs.recipe == runs.recipe[run]).tolist()
         alike = [one for one in same if runs.speed(one) > 0]

@@ -11,6 +11,8 @@ from thriftlm.search.journal import (
     Ended,
     Event,
     Idle,
+    Known,
+    KnownRun,
     Probed,
     Released,
     Reported,
@@ -72,6 +74,9 @@ class TrialState:
     """The trial that it trains again with another seed."""
     systems: tuple[SystemSpec, ...] = ()
     timings: list[Timing] = field(default_factory=list)
+    source: str | None = None
+    """Where a run that was known before this search came from."""
+    known_usd_per_hour: float | None = None
 
     @property
     def kind(self) -> Literal["learn", "probe"]:
@@ -91,6 +96,16 @@ class TrialState:
         """What a probe has yet to time."""
         timed = [timing.system for timing in self.timings]
         return [system for system in self.systems if system not in timed]
+
+    @property
+    def is_only_known(self) -> bool:
+        """Whether an earlier search measured it, and this one has not run it."""
+        return self.source is not None and not self.allocations
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Price of everything billed for it, None before it was ever allocated."""
+        return self.allocations[-1].usd_per_hour if self.allocations else self.known_usd_per_hour
 
     @property
     def is_running(self) -> bool:
@@ -171,6 +186,10 @@ class SearchState:
         self._waiting: dict[str, TrialState] = {}
         self._paused: dict[str, TrialState] = {}
         self._released_usd = 0.0
+        self.known: list[KnownRun] = []
+        """What earlier searches have measured; those that stand for a trial are in `trials` too."""
+        self.n_started = 0
+        """Trials that are this search's own."""
         for event in events:
             self.apply(event)
 
@@ -231,6 +250,18 @@ class SearchState:
         self.started, self.session_since = event, event.at
 
     @_apply.register
+    def _(self, event: Known) -> None:
+        for one in event.runs:
+            self.known.append(one)
+            trial_id, run = one.trial_id, one.run
+            if trial_id is None or run is None or trial_id in self.trials:
+                continue
+            trial = TrialState(trial_id, -len(self.known), one.point, run, list(one.reports))
+            trial.source, trial.known_usd_per_hour = event.source, one.usd_per_hour
+            trial.status = one.status if one.status in ("oom", "diverged") else "done"
+            self.trials[trial_id] = trial
+
+    @_apply.register
     def _(self, event: SearchResumed) -> None:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
@@ -248,11 +279,15 @@ class SearchState:
             systems=event.systems,
         )
         self.trials[event.trial_id] = trial
+        self.n_started += 1
         self._place(trial)
 
     @_apply.register
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
+        if trial.is_only_known:  # it is trained beyond what is known, from its beginning
+            trial.status, trial.curve = None, []
+            self.n_started += 1
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
         trial.reported_at, trial.longest_interval, trial.gang = [], None, event.gang
         trial.stop_reason = None

@@ -45,7 +45,6 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "without rungs": rivals.WithoutRungs,
     "token rungs": rivals.TokenRungs,
     "dollar rungs": rivals.DollarRungs,
-    "rungs of any search budget": rivals.UnboundedRungs,
     "without confirmation": rivals.WithoutConfirmation,
 }
 PRODUCT = ("random", "optuna")

@@ -51,8 +51,6 @@ CONFIRMED = 1 / 3
 """Share of the budget's tokens that a winner is trained to before it is believed."""
 RESERVE = 2.0
 """The winner is confirmed when this many times the price of doing so is left."""
-FIRST_RUNGS = 9
-"""A search affords at least so many trials to the first rung."""
 PROPOSED = 20
 """Recipes resolved per proposal until one of them is a run."""
 
@@ -177,16 +175,12 @@ class Factored(Searcher):
         return [*found, end]
 
     def _first_rung(self, end: float) -> float:
-        """Halfway between equal tokens and equal dollars, less where the search can spend little.
+        """Halfway between equal tokens and equal dollars.
 
         At equal tokens large models cost too much, at equal dollars they are still warming up.
         """
         fidelity = self.space.search.fidelity
-        rung = fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
-        usd, total = self.space.training_budget.usd, self.space.search_budget.usd
-        if usd is None or total is None:
-            return rung
-        return min(rung, end * total / (FIRST_RUNGS * usd))
+        return fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
 
     def _next_rung(self, trial_id: str) -> float:
         recipe = self.places[trial_id][0]

@@ -280,14 +280,6 @@ class DollarRungs(Factored):
         return end * fidelity.min_tokens / fidelity.max_tokens
 
 
-class UnboundedRungs(Factored):
-    """The first rung whatever the search budget."""
-
-    def _first_rung(self, end: float) -> float:
-        fidelity = self.space.search.fidelity
-        return fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
-
-
 class WithoutProbes(Factored):
     """No system is timed for its own sake."""
 

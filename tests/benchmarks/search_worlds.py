@@ -47,7 +47,6 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "without rungs": rivals.WithoutRungs,
     "token rungs": rivals.TokenRungs,
     "dollar rungs": rivals.DollarRungs,
-    "rungs of any search budget": rivals.UnboundedRungs,
     "without confirmation": rivals.WithoutConfirmation,
     "without probes": rivals.WithoutProbes,
 }

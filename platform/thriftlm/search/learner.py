@@ -44,8 +44,6 @@ LATE = 4.0
 every law, and a law that has to follow it predicts worse."""
 GROWTH = 1.25
 """The law is fitted again whenever there are this many times the points."""
-FIRST_RUNGS = 9
-"""A search affords at least so many trials to the first rung."""
 
 
 class Learner(Searcher):
@@ -218,16 +216,12 @@ class Learner(Searcher):
         return [*found, end]
 
     def _first_rung(self, end: float) -> float:
-        """Halfway between equal tokens and equal dollars, less where the search can spend little.
+        """Halfway between equal tokens and equal dollars.
 
         At equal tokens large models cost too much, at equal dollars they are still warming up.
         """
         fidelity = self.space.search.fidelity
-        rung = fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
-        usd, total = self.space.training_budget.usd, self.space.search_budget.usd
-        if usd is None or total is None:
-            return rung
-        return min(rung, end * total / (FIRST_RUNGS * usd))
+        return fidelity.min_tokens * float(np.sqrt(end / fidelity.max_tokens))
 
     def _tokens(self, recipe: int) -> float:
         return float(self.standing.tokens[recipe])

@@ -82,6 +82,7 @@ class Desk:
         limits = space.search_budget
         self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
         self.algorithm = searcher(space)
+        self.algorithm.restrict(capacity.can_ever_hold)
         for event in journal.events:
             self.algorithm.observe(event)
         self.interrupted = False
@@ -107,8 +108,8 @@ class Desk:
         fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
-        if isinstance(trial, Finished) and later and self._may_wait():
-            return Wait()
+        if isinstance(trial, Finished) and later:
+            return self._until_market()
         if isinstance(trial, Finished | Wait):
             return trial
         usd_per_hour, price = self.price_of(trial.run)
@@ -249,15 +250,18 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        if may_go_on or (is_later and self._may_wait()):
+        if is_later:
+            return self._until_market()
+        if may_go_on:
             return Wait()
         return Finished("every point of the space that fits has been tried")
 
-    def _may_wait(self) -> bool:
+    def _until_market(self) -> Wait | Finished:
         """Whether the budget bears that something starts when the market has room again."""
-        if self.state.running:
-            return True
-        return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
+        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0)
+        if refusal and not self.state.running:
+            return Finished(f"{refusal} leaves no room for another trial")
+        return Wait()
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

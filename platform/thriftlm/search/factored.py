@@ -11,7 +11,7 @@ the same decisions, also when it is replayed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from thriftlm.search.space import Space
 from thriftlm.search.standing import Record, Standing
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
-from thriftlm.spec import Progress
+from thriftlm.spec import Progress, SystemSpec
 
 Floats = NDArray[np.float64]
 
@@ -96,7 +96,13 @@ class Factored(Searcher):
         self.learned_from = 0
         self.data: tuple[NDArray[np.intp], Points] | None = None
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
+        self.restrict(lambda system: True)
         self._budget_tokens()
+
+    def restrict(self, fits: Callable[[SystemSpec], bool]) -> None:
+        """Propose nothing on systems that the cluster never holds."""
+        self.fits = np.array([fits(system) for system in self.menu.specs])
+        self.runs_somewhere = self.menu.runs_on_any(self.fits)
 
     # --- what happened ----------------------------------------------------------------------------
 
@@ -342,7 +348,7 @@ class Factored(Searcher):
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
         taken = (self.standing.trials > 0) | self.standing.is_known
-        left = np.flatnonzero(~taken & self.menu.runs_somewhere)
+        left = np.flatnonzero(~taken & self.runs_somewhere)
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
@@ -398,7 +404,7 @@ class Factored(Searcher):
 
     def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
         """The system to try a recipe on."""
-        allowed = self.menu.allowed(recipe).copy()
+        allowed = self.menu.allowed(recipe) & self.fits
         for trial_id in self.trials_of[recipe]:
             if trial_id in self.failed:
                 allowed[self.places[trial_id][1]] = False

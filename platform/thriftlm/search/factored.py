@@ -10,6 +10,7 @@ The searcher is fed with the events of the journal and nothing else, so that the
 the same decisions, also when it is replayed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -209,6 +210,10 @@ class Factored(Searcher):
         if trial.tokens < self.targets[trial.trial_id]:
             return None
         return f"{PAUSED} at {trial.tokens} tokens"
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """The rung, or the end, where its budget buys no more."""
+        return math.ceil(self.targets[trial.trial_id])
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""

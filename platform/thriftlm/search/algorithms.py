@@ -93,6 +93,9 @@ class Searcher:
     def observe(self, event: Event) -> None:
         """Take an event of the journal into account; each comes once, in order."""
 
+    def restrict(self, fits: Callable[[SystemSpec], bool]) -> None:
+        """Told once, before the first event, which systems the cluster can ever hold."""
+
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         return self.algorithm(self.space, state)

@@ -5,14 +5,14 @@ takes effect, and all of it can be replayed.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from thriftlm import prices
 from thriftlm.search import algorithms, lessons, repeats
-from thriftlm.search.asha import rung_reached, rungs_of, survives
+from thriftlm.search.asha import halving_reason
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.gangs import Gangs
@@ -33,7 +33,7 @@ from thriftlm.search.journal import (
 )
 from thriftlm.search.objective import Score
 from thriftlm.search.ranking import ranking
-from thriftlm.search.scoring import FEW_SAMPLES, score_trials
+from thriftlm.search.scoring import score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
@@ -99,6 +99,7 @@ class Desk:
             for start, run in found
             if isinstance(run, RunSpec) and capacity.can_ever_hold(run.system)
         ]
+        self.algorithm.restrict(capacity.can_ever_hold)
         for event in journal.events:
             self.algorithm.observe(event)
         self.interrupted = False
@@ -134,8 +135,8 @@ class Desk:
         fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
-        if isinstance(trial, Finished) and later and self._may_wait():
-            return Wait()
+        if isinstance(trial, Finished) and later:
+            return self._until_market()
         return trial if isinstance(trial, Finished | Wait) else self._admitted(trial)
 
     def _repeat(self, explored: Finished) -> TrialState | Wait | Finished:
@@ -204,7 +205,11 @@ class Desk:
         if progress.status == "running" and trial.stop_reason is None:
             reason = self._budget_of(trial).stop_reason(self.state, trial, self.clock())
             if trial.repeat_of is None:
-                reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
+                reason = (
+                    reason
+                    or halving_reason(self.space, self.state, trial)
+                    or self.algorithm.pause(trial)
+                )
             self._ask_to_end(trial, reason or repeats.reached(self.state, trial))
         return trial.stop_reason is not None
 
@@ -350,15 +355,18 @@ class Desk:
             is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
             if self.capacity.can_hold(proposal.run.system, ()):
                 return self._suggested(proposal)
-        if may_go_on or (is_later and self._may_wait()):
+        if is_later:
+            return self._until_market()
+        if may_go_on:
             return Wait()
         return Finished("every point of the space that fits has been tried")
 
-    def _may_wait(self) -> bool:
+    def _until_market(self) -> Wait | Finished:
         """Whether the budget bears that something starts when the market has room again."""
-        if self.state.running:
-            return True
-        return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
+        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0)
+        if refusal and not self.state.running:
+            return Finished(f"{refusal} leaves no room for another trial")
+        return Wait()
 
     def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
         event = Suggested(
@@ -394,31 +402,6 @@ class Desk:
             return self.gangs.has_room(trial.run.system)
         running = [other.run.system for other in self.state.running]
         return self.capacity.can_hold(trial.run.system, running)
-
-    def _halving_reason(self, trial: TrialState) -> str | None:
-        rungs = self._rungs(trial)
-        before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
-        rung = rung_reached(rungs, before, trial.tokens)
-        if rung is None:
-            return None
-        trials = (t for t in self.state.trials.values() if t.repeat_of is None)
-        reached = (t for t in trials if t.tokens >= rung)
-        values = self._values_at(rung, [t for t in reached if self._rungs(t) == rungs])
-        factor = self.settings.fidelity.factor
-        if trial.trial_id in values and not survives(trial.trial_id, values, factor):
-            place = f"not in the top 1/{factor} of {len(values)} at {rung} tokens"
-            return f"{self.space.scheduler}: {place}"
-        return None
-
-    def _rungs(self, trial: TrialState) -> Sequence[int]:
-        fidelity = self.settings.fidelity
-        return rungs_of(self.space.scheduler, trial.number, fidelity.rungs, fidelity.factor)
-
-    def _values_at(self, rung: int, reached: Sequence[TrialState]) -> Mapping[str, float]:
-        scores = score_trials(
-            self.space, self.state, reached, until_tokens=rung, samples=FEW_SAMPLES
-        )
-        return {trial_id: score.value for trial_id, score in scores.items()}
 
     def _ask_to_end(self, trial: TrialState, reason: str | None) -> None:
         if reason is not None:

@@ -179,7 +179,7 @@ class Factored(Learner):
         still_open = np.zeros(len(self.menu.recipes), bool)
         still_open[list(self.taught.open)] = True
         taken = (self.standing.trials > 0) | (self.standing.is_known & ~still_open)
-        left = np.flatnonzero(~taken & self.menu.runs_somewhere)
+        left = np.flatnonzero(~taken & self.runs_somewhere)
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
@@ -242,7 +242,7 @@ class Factored(Learner):
 
     def _able(self, recipe: int) -> NDArray[np.bool_]:
         """Systems that have not failed with a recipe, nor refused its shape (S,)."""
-        allowed = self.menu.allowed(recipe) & self.prober.supported(recipe)
+        allowed = self.menu.allowed(recipe) & self.fits & self.prober.supported(recipe)
         for trial_id in self.trials_of[recipe]:
             if trial_id in self.failed:
                 allowed[self.places[trial_id][1]] = False

@@ -5,6 +5,7 @@ knowledge, also when it is replayed.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from thriftlm.search.space import Space
 from thriftlm.search.standing import Record, Standing
 from thriftlm.search.system_model import Fact, SystemModel
 from thriftlm.search.warm_start import head_start
-from thriftlm.spec import Progress
+from thriftlm.spec import Progress, SystemSpec
 
 Floats = NDArray[np.float64]
 
@@ -54,12 +55,20 @@ class Learner(Searcher):
         self.unique_tokens: float | None = None
         self.targets: dict[str, float] = {}
         self.known: list[KnownRun] = []
+        self.holds: Callable[[SystemSpec], bool] = lambda system: True
         self._begin()
+
+    def restrict(self, fits: Callable[[SystemSpec], bool]) -> None:
+        """Propose nothing on systems that the cluster never holds."""
+        self.holds = fits
+        self.fits = np.array([fits(system) for system in self.menu.specs])
+        self.runs_somewhere = self.menu.runs_on_any(self.fits)
 
     def _begin(self) -> None:
         """Know what earlier searches measured, which comes before the first trial."""
         also = [one.point for one in self.known if one.point]
         self.menu: Menu = menu_of(self.space, also)
+        self.restrict(self.holds)
         self.systems = SystemModel.over(self.menu.prior)
         self.prober = Prober(self.space, self.menu, self.systems)
         self.curves = CurveModel()

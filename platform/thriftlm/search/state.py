@@ -202,8 +202,8 @@ class SearchState:
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far, and of gangs while they had no trial."""
-        held = sum(trial.allocations[-1].usd(now) for trial in self._running.values())
-        return self._released_usd + held + self.idle_usd(now)
+        running = sum(trial.allocations[-1].usd(now) for trial in self._running.values())
+        return self._released_usd + running + self.idle_usd(now)
 
     def idle_usd(self, now: float) -> float:
         """Dollars that gangs cost while they waited."""

@@ -106,6 +106,10 @@ class Searcher:
         """Why a running trial should wait after its next report; begins with `PAUSED`."""
         return None
 
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """Tokens at which a trial that was just allocated will be told to wait, if it will."""
+        return None
+
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now."""
         scores = score_trials(self.space, state, state.trials.values(), samples=FEW_SAMPLES)

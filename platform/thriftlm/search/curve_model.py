@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
+from scipy.special import ndtr
 
 from thriftlm.planning.law import PRIOR_LAW, PRIOR_SD, Curve, fit_law
 from thriftlm.planning.scaling_laws import LossLaw
@@ -228,3 +229,9 @@ def _alike(one: Features, other: Features, length: float) -> Floats:
         square += one.words[:, k, None] != other.words[None, :, k]
     distance = np.sqrt(5 * square) / length
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
+
+
+def expected_improvement(gain: Floats, sd: Floats) -> Floats:
+    """Mean of max(0, X) for X normal with that mean and standard deviation."""
+    z = gain / sd
+    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))

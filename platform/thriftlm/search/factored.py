@@ -10,18 +10,24 @@ The searcher is fed with the events of the journal and nothing else, so that the
 the same decisions, also when it is replayed.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
-from thriftlm.search.curve_model import CurveModel, Features, Points, Posterior
+from thriftlm.search.curve_model import (
+    CurveModel,
+    Features,
+    Points,
+    Posterior,
+    expected_improvement,
+)
 from thriftlm.search.journal import Allocated, Ended, Event, Probed, Reported, Suggested
 from thriftlm.search.menu import Menu, menu_of
 from thriftlm.search.objective import PESSIMISM_SDS
@@ -112,8 +118,7 @@ class Factored(Searcher):
         match event:
             case Suggested(trial_id=trial_id, point=point, systems=systems):
                 self.places[trial_id] = self.menu.locate(point)
-                if systems:
-                    self.prober.trials.add(trial_id)
+                self.prober.trials |= {trial_id} if systems else set()
             case Probed(trial_id=trial_id, timing=timing):
                 if self.prober.timed(self.places[trial_id][0], timing):
                     self._budget_tokens()
@@ -122,8 +127,7 @@ class Factored(Searcher):
             case Reported(trial_id=trial_id, progress=progress):
                 self._measured(trial_id, progress)
             case Ended(trial_id=trial_id, status=status):
-                broke = status in ("oom", "failed", "diverged")
-                if broke and trial_id not in self.prober.trials:
+                if status in ("oom", "failed", "diverged") and trial_id not in self.prober.trials:
                     self.failed.add(trial_id)
             case _:
                 return
@@ -203,6 +207,10 @@ class Factored(Searcher):
             return None
         recipe = self.places[leader][0]
         return self.prober.proposal(state, recipe, self._able(recipe))
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """The rung, or the end, where its budget buys no more."""
+        return math.ceil(self.targets[trial.trial_id])
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
@@ -437,13 +445,6 @@ class Factored(Searcher):
     def _able(self, recipe: int) -> NDArray[np.bool_]:
         """Systems that have not failed with a recipe, nor refused its shape (S,)."""
         allowed = self.menu.allowed(recipe) & self.prober.supported(recipe)
-        for trial_id in self.failed:
-            if self.places[trial_id][0] == recipe:
-                allowed[self.places[trial_id][1]] = False
+        failed = (self.places[trial_id] for trial_id in self.failed)
+        allowed[[system for other, system in failed if other == recipe]] = False
         return allowed
-
-
-def expected_improvement(gain: Floats, sd: Floats) -> Floats:
-    """Mean of max(0, X) for X normal with that mean and standard deviation."""
-    z = gain / sd
-    return np.asarray(gain * ndtr(z) + sd * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi))

@@ -72,6 +72,8 @@ class Allocated(Event):
     """Price of everything billed for it."""
     price: str
     """Cloud, region, market, instance and date of that price."""
+    gang: str | None = None
+    """The gang that runs it, where gangs outlive their trials; a waiting one is no longer idle."""
 
 
 class Reported(Event):
@@ -104,6 +106,24 @@ class Released(Event):
 
     kind: Literal["released"] = "released"
     trial_id: str
+    usd: float
+
+
+class Idle(Event):
+    """A gang has released its trial and waits for the next; it is billed as if it had one."""
+
+    kind: Literal["idle"] = "idle"
+    gang: str
+    system: SystemSpec
+    """Of its last trial."""
+    usd_per_hour: float
+
+
+class Dismissed(Event):
+    """A gang that waited has ended. What it cost idle runs from `Idle` to here."""
+
+    kind: Literal["dismissed"] = "dismissed"
+    gang: str
     usd: float
 
 
@@ -144,6 +164,8 @@ AnyEvent = Annotated[
     | Probed
     | StopRequested
     | Released
+    | Idle
+    | Dismissed
     | Ended
     | RunMinted
     | SearchEnded,

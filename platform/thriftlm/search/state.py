@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from thriftlm.search.journal import (
     Allocated,
+    Dismissed,
     Ended,
     Event,
+    Idle,
     Probed,
     Released,
     Reported,
@@ -40,6 +42,15 @@ class Allocation:
         return self.usd_per_hour * max(0.0, until - self.since) / 3600  # clocks can be set back
 
 
+@dataclass(frozen=True)
+class IdleGang:
+    """A gang that waits for its next trial."""
+
+    gang: str
+    system: SystemSpec
+    held: Allocation
+
+
 @dataclass
 class TrialState:
     """One trial as the journal tells it."""
@@ -51,6 +62,7 @@ class TrialState:
     curve: list[Progress] = field(default_factory=list)
     reported_at: list[float] = field(default_factory=list)  # within the last allocation
     allocations: list[Allocation] = field(default_factory=list)
+    gang: str | None = None
     stop_reason: str | None = None
     status: str | None = None
     reason: str = ""
@@ -129,6 +141,9 @@ class SearchState:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.trials: dict[str, TrialState] = {}
+        self.idle: dict[str, IdleGang] = {}
+        self.idle_before_usd = 0.0
+        self.gangs = 0
         self.started: SearchStarted | None = None
         self.ended: SearchEnded | None = None
         self.hours_before = 0.0
@@ -144,8 +159,12 @@ class SearchState:
             self.last_at = event.at
 
     def spent_usd(self, now: float) -> float:
-        """Dollars of all allocations so far."""
-        return sum(trial.usd(now) for trial in self.trials.values())
+        """Dollars of all allocations so far, and of gangs while they had no trial."""
+        return sum(trial.usd(now) for trial in self.trials.values()) + self.idle_usd(now)
+
+    def idle_usd(self, now: float) -> float:
+        """Dollars that gangs cost while they waited."""
+        return self.idle_before_usd + sum(gang.held.usd(now) for gang in self.idle.values())
 
     def hours(self, now: float) -> float:
         """Wall-clock hours that drivers of this search have run."""
@@ -187,8 +206,24 @@ class SearchState:
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
-        trial.reported_at = []
+        trial.reported_at, trial.gang = [], event.gang
         trial.stop_reason = None
+        if event.gang is not None:
+            self.gangs += event.gang not in self.idle
+            self._end_idle(event.gang, event.at)
+
+    @_apply.register
+    def _(self, event: Idle) -> None:
+        held = Allocation(event.usd_per_hour, event.at)
+        self.idle[event.gang] = IdleGang(event.gang, event.system, held)
+
+    @_apply.register
+    def _(self, event: Dismissed) -> None:
+        self._end_idle(event.gang, event.at)
+
+    def _end_idle(self, gang: str, at: float) -> None:
+        if (waited := self.idle.pop(gang, None)) is not None:
+            self.idle_before_usd += waited.held.usd(at)
 
     @_apply.register
     def _(self, event: Reported) -> None:

@@ -67,7 +67,8 @@ def halving_reason(space: Space, state: SearchState, trial: TrialState) -> str |
     rung = rung_reached(own, before, trial.tokens)
     if rung is None:
         return None
-    reached = [t for t in state.trials.values() if t.tokens >= rung and rungs(t) == own]
+    trials = (t for t in state.trials.values() if t.repeat_of is None)
+    reached = [t for t in trials if t.tokens >= rung and rungs(t) == own]
     scores = score_trials(space, state, reached, until_tokens=rung, samples=FEW_SAMPLES)
     values = {trial_id: score.value for trial_id, score in scores.items()}
     if trial.trial_id in values and not survives(trial.trial_id, values, fidelity.factor):

@@ -1,7 +1,6 @@
 """Probes: when they pay, what they teach, and that they are trials like others."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import recorded_world as world
 from thriftlm.search.algorithms import Proposal, Searcher, random
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Wait
-from thriftlm.search.factored import Factored, Parts
+from thriftlm.search.factored import Factored
 from thriftlm.search.journal import (
     Allocated,
     Ended,
@@ -211,11 +210,13 @@ def large(lab, tmp_path):
     return RecordedSpace(space, runs), truth_of(runs, space, path)
 
 
-def searched(large, probe, seed):
-    def made(space):
-        return Factored(space, replace(Parts(), probe=probe, explore=False))
+class WithoutProbes(Factored):
+    def probe(self, state):
+        return None
 
-    return simulate(*large, "factored", seed, searcher=made)
+
+def searched(large, probe, seed):
+    return simulate(*large, "factored", seed, searcher=Factored if probe else WithoutProbes)
 
 
 def test_the_system_that_broke_a_probe_is_not_timed_again(large):

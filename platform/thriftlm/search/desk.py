@@ -293,7 +293,8 @@ class Desk:
 
     def pauses_at(self, trial: TrialState) -> int | None:
         """Tokens at which a trial that was just allocated ends by itself, to wait."""
-        return self.algorithm.pauses_at(trial)
+        is_learning = trial.kind == "learn" and trial.repeat_of is None
+        return self.algorithm.pauses_at(trial) if is_learning else None
 
     def gangs_to_dismiss(self) -> list[str]:
         """Gangs that wait and must end; they are billed until `gang_ended`."""
@@ -343,9 +344,8 @@ class Desk:
         probe = None if is_last else self.algorithm.probe(self.state)
         if probe is not None and self._may_start(probe.run):  # else it would be in others' way
             return self._suggested(probe)
-        paused = self.algorithm.resume(self.state, is_last)
-        if paused is not None and self.capacity.can_ever_hold(self.state.trials[paused].run.system):
-            return self.state.trials[paused]
+        if (paused := self._paused(is_last)) is not None:
+            return paused
         may_go_on = self.algorithm.pauses and self.state.running
         if is_last:
             why = f"search budget of {most} trials"
@@ -359,7 +359,14 @@ class Desk:
             return self._until_market()
         if may_go_on:
             return Wait()
-        return Finished("every point of the space that fits has been tried")
+        why = "every point of the space that fits has been tried"
+        return self._paused(is_last=True) or Finished(why)
+
+    def _paused(self, is_last: bool) -> TrialState | None:
+        """The trial to go on with; `is_last`: there can be no new one."""
+        trial_id = self.algorithm.resume(self.state, is_last)
+        trial = None if trial_id is None else self.state.trials[trial_id]
+        return trial if trial and self.capacity.can_ever_hold(trial.run.system) else None
 
     def _until_market(self) -> Wait | Finished:
         """Whether the budget bears that something starts when the market has room again."""

@@ -25,6 +25,7 @@ from thriftlm.search.state import TrialState
 from thriftlm.search.stopping import StopRequests
 from thriftlm.search.storage import writable
 from thriftlm.spec import InputError, Progress, digest, identity
+from thriftlm.timings import Timing
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -135,6 +136,7 @@ class DeskSearcher(Unpickled, Searcher):
         return self.hosts.serving(answer) | {
             "run": answer.run.model_dump_json(),
             "trial_id": answer.trial_id,
+            "systems": [system.model_dump_json() for system in answer.systems_left],
             "known_tokens": answer.tokens,
             "until_tokens": self.desk.pauses_at(answer),
         }
@@ -165,6 +167,10 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         """Always `CONTINUE`: trials end themselves."""
         if OUTCOME in result:
             self.outcomes[trial.trial_id] = json.loads(result[OUTCOME])
+        elif "timing" in result:
+            timing = Timing.model_validate_json(result["timing"])
+            self.desk.probed(trial.config["trial_id"], timing)
+            self.turn.post_stops()
         elif "progress" in result:
             progress = Progress.model_validate_json(result["progress"])
             self.desk.report(trial.config["trial_id"], progress, result["checkpoint"])

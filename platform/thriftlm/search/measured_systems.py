@@ -42,9 +42,9 @@ def on_best_system(state: SearchState, trial: TrialState) -> RunSpec:
 
 
 def _measured(trial: TrialState) -> Iterator[Measured]:
-    if not trial.allocations:
+    usd_per_hour = trial.usd_per_hour  # of the gang, whatever runs on it
+    if usd_per_hour is None:
         return
-    usd_per_hour = trial.allocations[-1].usd_per_hour  # of the gang, whatever runs on it
     rate = trial.tokens_per_s()
     if rate is not None and trial.status not in ("oom", "failed"):
         yield Measured(trial.run.system, rate, usd_per_hour)

@@ -15,6 +15,7 @@ from thriftlm.search.desk import Desk
 from thriftlm.search.journal import Event, Journal, SearchStarted
 from thriftlm.search.recorded_table import RecordedSpace, Truth
 from thriftlm.search.simulated_cluster import Clock, Cluster, Conditions, Row
+from thriftlm.search.simulated_probe import first_timing_seconds
 from thriftlm.search.space import Space
 from thriftlm.search.spot import SpotCapacity
 from thriftlm.search.state import TrialState
@@ -167,6 +168,8 @@ def desk_of(
         return runs.price(held.run_of[run.trial_id]), "recorded"
 
     def first_report(trial: TrialState) -> float:
+        if trial.systems:
+            return conditions.start_up_seconds + first_timing_seconds(held, trial)
         run = held.run_of[trial.trial_id]
         speed = runs.speed(run)
         more = runs.tokens[runs.next_report(run, trial.tokens)] - trial.tokens

@@ -29,3 +29,8 @@ def timings(space: RecordedSpace, trial: TrialState) -> Iterator[Timing]:
             repeats=REPEATS,
             seconds=expected_seconds(trial.run.optim.batch_tokens / speed),
         )
+
+
+def first_timing_seconds(space: RecordedSpace, trial: TrialState) -> float:
+    """Seconds from the start of a probe to what its next system did."""
+    return next((timing.seconds for timing in timings(space, trial)), 0.0)

@@ -132,7 +132,9 @@ class TrialState:
 
     @property
     def stage(self) -> str:
-        """How it ended, else `running`, `paused` or `waiting`."""
+        """How it ended, else `running`, `paused`, `waiting`; `known` where it was not run here."""
+        if self.is_only_known:
+            return "known"
         if self.status is not None:
             return self.status
         return "running" if self.is_running else "paused" if self.is_paused else "waiting"

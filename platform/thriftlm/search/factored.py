@@ -217,18 +217,22 @@ class Factored(Searcher):
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
-        may_go_on = self.standing.may_go_on
-        at = ((self.places[t.trial_id][0], t.trial_id) for t in state.paused)
-        paused = {recipe: trial_id for recipe, trial_id in at if may_go_on[recipe]}
-        if not paused:
+        if not state.paused:
             return None
-        if self.parts.confirm and (winner := self._to_confirm(state, paused, is_last)):
+        if self.parts.confirm and (winner := self._to_confirm(state, is_last)):
             return winner
-        return self._promoted(state, paused)
+        return self._promoted(state)
 
-    def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
+    def _waits(self, recipe: int, state: SearchState) -> str | None:
+        """The paused trial of a recipe that may go on, where none of it is running."""
+        trials = [state.trials[trial_id] for trial_id in self.trials_of[recipe]]
+        if not self.standing.may_go_on[recipe] or any(trial.is_running for trial in trials):
+            return None
+        return next((trial.trial_id for trial in trials if trial.is_paused), None)
+
+    def _to_confirm(self, state: SearchState, is_last: bool) -> str | None:
         leader = self.leader(state)
-        if leader is None or (recipe := self.places[leader][0]) not in paused:
+        if leader is None or self._waits(recipe := self.places[leader][0], state) is None:
             return None
         missing = CONFIRMED * self.tokens_at_budget[recipe] - self._tokens(recipe)
         if missing <= 0:
@@ -242,22 +246,19 @@ class Factored(Searcher):
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         return float(costs.usd_per_token(self.menu.usd_per_hour)[system])
 
-    def _promoted(self, state: SearchState, paused: dict[int, str]) -> str | None:
+    def _promoted(self, state: SearchState) -> str | None:
         """Of the highest rung that has one: a trial among the best third that waits there."""
         tried = self._usable()
         if not len(tried):
             return None
         levels, scores = self.standing.level[tried], self._ranking(tried)
-        may = np.zeros(len(self.menu.recipes), bool)
-        may[list(paused)] = True
-        may[[self.places[t.trial_id][0] for t in state.running]] = False
         for level in np.unique(levels)[::-1]:
             reached = np.flatnonzero(levels >= level)
             best = reached[np.argsort(scores[reached], kind="stable")]
             kept = best[: len(reached) // self.space.search.fidelity.factor]
-            going_on = kept[(levels[kept] == level) & may[tried[kept]]]
-            if len(going_on):
-                return paused[int(tried[going_on[0]])]
+            for recipe in tried[kept[levels[kept] == level]].tolist():
+                if waiting := self._waits(recipe, state):
+                    return waiting
         return None
 
     def _ranking(self, tried: NDArray[np.intp]) -> Floats:

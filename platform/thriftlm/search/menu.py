@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,9 +132,8 @@ class Menu:
         if not step_law_prior:
             u, v = rate - self.log_rate.mean(), batch - self.log_batch.mean()
             return Features(raw, words, log_n, log_d, u, v)
-        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([log_n, log_d])).tolist()]
-        u = rate - np.log([law.lr for law in laws])
-        v = batch - np.log([law.batch_tokens for law in laws])
+        law: Any = step_law(cast(Any, np.exp(log_n)), cast(Any, np.exp(log_d)))  # power laws
+        u, v = rate - np.log(law.lr), batch - np.log(law.batch_tokens)
         return Features(raw, words, log_n, log_d, u, v)
 
 

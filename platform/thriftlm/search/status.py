@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,6 +20,9 @@ from thriftlm.search.state import SearchState, TrialState
 from thriftlm.search.stopping import Driver, driver_of, read_request
 from thriftlm.search.storage import Storage
 from thriftlm.spec import InputError, Spec
+
+if TYPE_CHECKING:
+    from thriftlm.search.result import SearchResult
 
 JOURNAL = "journal.jsonl"
 Standing = Literal["starting", "running", "stopping", "interrupted", "finished", "dead"]
@@ -297,26 +300,37 @@ def _listed(folder: Path) -> ListedSearch:
 
 
 def _best_loss(seen: _Seen) -> float | None:
-    """From the answer that the search has written, where nothing has happened since."""
+    answer = _answer(seen)
+    leader = None if answer else _leader(seen)
+    return getattr(answer.best if answer else leader, "loss_at_budget", None)
+
+
+def _answer(seen: _Seen) -> "SearchResult | None":
+    """What the search has written, where nothing has happened since."""
     from thriftlm.search.result import SearchResult
 
     state = seen.state
     try:
         answer = SearchResult.model_validate_json((seen.folder / "results.json").read_bytes())
-        is_current = (answer.spent_usd, answer.hours) == (
-            state.spent_usd(state.last_at),
-            state.hours(state.last_at),
-        )
     except (OSError, ValidationError):
-        is_current = False
-    if is_current:
-        return answer.best.loss_at_budget if answer.best else None
-    leader = _leader(seen)
-    return leader.loss_at_budget if leader else None
+        return None
+    now = (state.spent_usd(state.last_at), state.hours(state.last_at))
+    return answer if (answer.spent_usd, answer.hours) == now else None
 
 
 def _leader(seen: _Seen) -> Leader | None:
-    """By predicted loss; None too where this version does not read the space any more."""
+    """The answer's winner, else by predicted loss; None where there is none to tell."""
+    answer, state = _answer(seen), seen.state
+    if answer is None:
+        return _best_by_law(seen)
+    if answer.best is None or answer.best.trial_id not in state.trials:
+        return None
+    best = answer.best
+    return _leading(state.trials[best.trial_id], best.loss_at_budget, best.low, best.high)
+
+
+def _best_by_law(seen: _Seen) -> Leader | None:
+    """None too where this version does not read the space any more."""
     from thriftlm.search.objective import rank
     from thriftlm.search.scoring import FEW_SAMPLES, score_trials
     from thriftlm.search.space import Space
@@ -332,7 +346,10 @@ def _leader(seen: _Seen) -> Leader | None:
     if not scores:
         return None
     score = scores[rank(scores)[0]]
-    trial = state.trials[score.trial_id]
+    return _leading(state.trials[score.trial_id], score.loss_at_budget, score.low, score.high)
+
+
+def _leading(trial: TrialState, loss_at_budget: float, low: float, high: float) -> Leader:
     return Leader(
         trial_id=trial.trial_id,
         point=trial.point,
@@ -340,9 +357,9 @@ def _leader(seen: _Seen) -> Leader | None:
         n_gpus=trial.run.system.n_gpus,
         tokens=trial.tokens,
         loss=trial.loss,
-        loss_at_budget=score.loss_at_budget,
-        low=score.low,
-        high=score.high,
+        loss_at_budget=loss_at_budget,
+        low=low,
+        high=high,
     )
 
 

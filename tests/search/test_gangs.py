@@ -1,5 +1,7 @@
 """Gangs that outlive their trials: who gets them, what they cost, and when they must go."""
 
+from itertools import pairwise
+
 import pytest
 
 from thriftlm.search.capacity import Capacity
@@ -135,3 +137,30 @@ def test_gangs_on_a_larger_cluster_live_side_by_side(lab):
     lab.run(desk)
     gangs = {event.gang for event in allocations(desk)}
     assert 2 <= len(gangs) < 12
+
+
+def test_the_factored_search_prefers_systems_whose_gang_lives(lab):
+    """Where both cost about the same a token, the one that need not start is cheaper."""
+    system = {"n_gpus": [1, 2], "strategy": "ddp"}
+    space = lab.space(system=system, search={"algorithm": "factored"}, search_budget={"trials": 8})
+
+    def behave(run):
+        return lab.Behaviour(tokens_per_s=1000.0 / run.system.n_gpus)  # of each worker
+
+    def sizes(warm):
+        desk = lab.desk(space, warm=warm, capacity=Capacity({"CPU": 2.0}))
+        lab.run(desk, behave)
+        return [t.run.system.n_gpus for t in desk.state.trials.values()]
+
+    changes = {warm: sum(a != b for a, b in pairwise(sizes(warm))) for warm in (False, True)}
+    assert changes[True] <= changes[False]
+    desk = lab.desk(space, warm=True)
+    trial = desk.next_trial()
+    desk.end(trial.trial_id, "done", gang_lives=True)
+    searcher = desk.algorithm
+    warm = searcher._warm(desk.state)
+    assert warm.any()
+    assert not warm.all()
+    assert {
+        one.n_gpus for one, is_warm in zip(searcher.menu.specs, warm, strict=True) if is_warm
+    } == {trial.run.system.n_gpus}

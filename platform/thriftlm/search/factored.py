@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from thriftlm.search.algorithms import Proposal
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
 from thriftlm.search.curve_model import Posterior, nearness
+from thriftlm.search.gangs import resources
 from thriftlm.search.journal import Allocated, Event
 from thriftlm.search.learner import Floats, Learner
 from thriftlm.search.objective import PESSIMISM_SDS
@@ -48,6 +49,7 @@ class Factored(Learner):
     pauses = predicts = True
 
     def __init__(self, space: Space) -> None:
+        self.is_warm: NDArray[np.bool_] = np.zeros(0, bool)
         super().__init__(space)
         self.exploring = exploring(space.search_budget, space.search.repeats, None)
 
@@ -181,6 +183,7 @@ class Factored(Learner):
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
+        self.is_warm = self._warm(state)
         still_open = np.zeros(len(self.menu.recipes), bool)
         still_open[list(self.taught.open)] = True
         taken = (self.standing.trials > 0) | (self.standing.is_known & ~still_open)
@@ -245,6 +248,17 @@ class Factored(Learner):
         price = self._prices(recipe)
         return int(np.argmin(price)) if np.isfinite(price).any() else None
 
+    def _warm(self, state: SearchState) -> NDArray[np.bool_]:
+        """Systems for which a gang lives, so that a trial need not start one (S,)."""
+        warm = np.zeros(len(self.menu.specs), bool)
+        if not state.gangs:
+            return warm
+        live = {resources(gang.system) for gang in state.idle.values()}
+        live |= {resources(trial.run.system) for trial in state.running}
+        for places in self.prober.gangs:
+            warm[places] = resources(self.menu.specs[places[0]]) in live
+        return warm
+
     def _able(self, recipe: int) -> NDArray[np.bool_]:
         """Systems that have not failed with a recipe, nor refused its shape (S,)."""
         allowed = self.menu.allowed(recipe) & self.fits & self.prober.supported(recipe)
@@ -258,7 +272,8 @@ class Factored(Learner):
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         usd = self.menu.usd_per_hour
         start = usd * FIRST_REPORT_SECONDS / 3600
-        price = costs.usd_per_token(usd) * self._rungs(recipe)[0] + start
+        price = costs.usd_per_token(usd) * self._rungs(recipe)[0]
+        price = price + np.where(self.is_warm, 0.0, start)
         price = price + start * costs.p_oom / np.maximum(1 - costs.p_oom, 1e-3)
         price = np.where(costs.p_oom > 0.5, price * 1e6, price)
         return np.where(self._able(recipe) & np.isfinite(costs.log_tokens_per_s), price, np.inf)

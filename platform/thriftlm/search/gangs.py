@@ -12,21 +12,16 @@ from thriftlm.spec import SystemSpec
 LONGEST_IDLE_SECONDS = 15.0
 """A start costs 8 to 20 s on two cores (`budget.FIRST_REPORT_SECONDS`): waiting longer costs more
 than it can save."""
-SOFTWARE = (
-    "strategy",
-    "micro_batch",
-    "attention",
-    "act_ckpt",
-    "cpu_offload",
-    "compile",
-    "precision",
+RESOURCES = (
+    *("gpu", "n_gpus", "gpus_per_node", "cpus_per_worker"),
+    *("cloud", "region", "market", "billing"),
 )
-"""Fields of a system that the same workers can change from trial to trial."""
+"""Fields of a system that the same workers cannot change: what they hold and are billed for."""
 
 
-def resources(system: SystemSpec) -> dict[str, object]:
+def resources(system: SystemSpec) -> tuple[object, ...]:
     """What a gang holds and is billed for: two systems with the same can share one."""
-    return system.model_dump(exclude=set(SOFTWARE))
+    return tuple(getattr(system, field) for field in RESOURCES)
 
 
 class Gangs:

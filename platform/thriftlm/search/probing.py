@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from thriftlm.search.algorithms import Proposal
 from thriftlm.search.budget import FIRST_REPORT_SECONDS
+from thriftlm.search.gangs import resources
 from thriftlm.search.menu import Menu
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState
@@ -30,11 +31,6 @@ MOST_PROBED = 8
 """Systems in one probe at most."""
 DRAWS = 512
 """Of the speeds of all systems of a probe, to average what the best of them saves."""
-SAME_GANG = (
-    *("gpu", "n_gpus", "gpus_per_node", "cpus_per_worker"),
-    *("cloud", "region", "market", "billing"),
-)
-"""Fields of systems that one allocation can time."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +163,7 @@ def gangs_of(specs: Sequence[SystemSpec]) -> list[list[int]]:
     """Places of the systems that one allocation can time, gang by gang."""
     found: dict[tuple[object, ...], list[int]] = {}
     for place, spec in enumerate(specs):
-        key = tuple(getattr(spec, field) for field in SAME_GANG)
-        found.setdefault(key, []).append(place)
+        found.setdefault(resources(spec), []).append(place)
     return list(found.values())
 
 

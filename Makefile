@@ -37,7 +37,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/thriftlm search quickstart
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -m tests.gpu.check

@@ -99,6 +99,12 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a search that was begun and interrupted.")
     ] = False,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Start workers for every trial, instead of handing live ones on."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -134,6 +140,7 @@ def search(
         tracking_uri=tracking_uri or place.tracking_uri,
         address=address,
         resume=resume,
+        cold=cold,
         overrides=tuple(overrides),
     )
     sys.exit(_hold(sitting, as_json))

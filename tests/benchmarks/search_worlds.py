@@ -6,10 +6,12 @@
 What is counted: dollars, in training budgets B, from which the incumbent's true loss at budget
 stays within 1% of the table's best for the next half B. A search that never gets there within its
 search budget counts as more than that. All arms start trials one at a time and pay 60 s of start-up
-per trial. `--arm` and `--world` select, `--json` writes what every search did.
+per trial. With `--budgets 0.1 0.3 1` searches have that little to spend, and what they answer in
+the end is shown. `--arm` and `--world` select, `--json` collects what every search did.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -26,6 +28,7 @@ from thriftlm.search.factored import Factored
 from thriftlm.search.recorded_table import RecordedSpace, Truth, read_runs, truth_of
 from thriftlm.search.simulate import SimulatedSearch, simulate
 from thriftlm.search.space import load_space
+from thriftlm.spec import InputError
 
 TOLERANCE, STAYS = 0.01, 0.5
 CHECKPOINTS = (0.1, 0.3, 1.0)
@@ -47,8 +50,8 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "dollar rungs": rivals.DollarRungs,
     "without confirmation": rivals.WithoutConfirmation,
 }
-PRODUCT = ("random", "optuna")
-"""As `simulate --algorithm` has them: with our objective, and asha on predicted loss."""
+PRODUCT = {"--algorithm random": "random", "--algorithm optuna": "optuna"}
+"""As `simulate` has them: ranked by our predicted loss, optuna with asha on it."""
 
 
 def held(folder: Path, world: str, search_budgets: float) -> tuple[RecordedSpace, Truth, float]:
@@ -83,47 +86,78 @@ def excess_at(found: SimulatedSearch, budget: float, share: float) -> float:
 
 
 def searches(
-    folder: Path, worlds: Sequence[str], arms: Sequence[str], seeds: int, budgets: float
+    folder: Path, worlds: Sequence[str], arms: Sequence[str], seeds: int, budgets: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """One record per search."""
-    for world in worlds:
-        space, truth, budget = held(folder, world, budgets)
-        for arm in arms:
-            for seed in range(seeds):
-                since = time.perf_counter()
-                algorithm = arm.removeprefix("--algorithm ")
-                made = {} if algorithm in PRODUCT and arm != algorithm else {"searcher": ARMS[arm]}
-                name = "factored" if made else algorithm
-                found = simulate(space, truth, name, seed, **made)  # type: ignore[arg-type]
-                yield {
-                    "world": world,
-                    "arm": arm,
-                    "seed": seed,
-                    "solved": solved_at(found, budget),
-                    "excess": [excess_at(found, budget, share) for share in CHECKPOINTS],
-                    "final": excess_at(found, budget, np.inf),
-                    "spent": found.spent_usd / budget,
-                    "trials": found.trials,
-                    "seconds": time.perf_counter() - since,
-                }
+    for world, share in itertools.product(worlds, budgets):
+        space, truth, budget = held(folder, world, share)
+        for arm, seed in itertools.product(arms, range(seeds)):
+            since = time.perf_counter()
+            found = searched(space, truth, arm, seed)
+            yield {
+                "world": world,
+                "arm": arm,
+                "seed": seed,
+                "budgets": share,
+                "solved": solved_at(found, budget) if found else np.inf,
+                "excess": [
+                    excess_at(found, budget, at) if found else np.inf
+                    for at in (*CHECKPOINTS, np.inf)
+                ],
+                "trials": found.trials if found else 0,
+                "seconds": time.perf_counter() - since,
+            }
 
 
-def table(records: Sequence[dict[str, Any]], budgets: float) -> str:
-    """Medians by world and arm."""
+def searched(space: RecordedSpace, truth: Truth, arm: str, seed: int) -> SimulatedSearch | None:
+    """One search; None where the budget bears no trial."""
+    try:
+        if arm in PRODUCT:
+            return simulate(space, truth, PRODUCT[arm], seed)
+        return simulate(space, truth, "factored", seed, searcher=ARMS[arm])
+    except InputError:
+        return None
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Medians by world and arm: of whole searches, then of those with little to spend."""
+    whole = [r for r in records if r["budgets"] > max(CHECKPOINTS)]
     heads = ["world", "arm", "B to 1%", "quartiles", "solved"]
     heads += [f"excess at {share:g} B" for share in CHECKPOINTS] + ["trials", "s per search"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for world, arm in dict.fromkeys((r["world"], r["arm"]) for r in records):
-        mine = [r for r in records if (r["world"], r["arm"]) == (world, arm)]
+    lines = _head(heads)
+    for (world, arm), mine in _groups(whole):
+        most = mine[0]["budgets"]
         solved = np.sort([r["solved"] for r in mine])
-        low, middle, high = (_shown(_quantile(solved, q), budgets) for q in (0.25, 0.5, 0.75))
-        excess = np.median([r["excess"] for r in mine], axis=0)
+        low, middle, high = (_shown(_quantile(solved, q), most) for q in (0.25, 0.5, 0.75))
         cells = [world, arm, middle, f"{low} to {high}"]
         cells.append(f"{np.isfinite(solved).sum()} of {len(mine)}")
-        cells += ["none yet" if np.isinf(x) else f"{x:.2%}" for x in excess]
+        cells += [_excess(mine, i) for i in range(len(CHECKPOINTS))]
         cells += [f"{np.median([r[key] for r in mine]):.1f}" for key in ("trials", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
+    small = [r for r in records if r["budgets"] <= max(CHECKPOINTS)]
+    if small:
+        shares = sorted({r["budgets"] for r in small})
+        lines += ["", *_head(["world", "arm", *(f"search budget {s:g} B" for s in shares)])]
+    for (world, arm), mine in _groups(small):
+        cells = [_excess([r for r in mine if r["budgets"] == s], -1) for s in shares]
+        lines.append(f"| {' | '.join([world, arm, *cells])} |")
     return "\n".join(lines)
+
+
+def _head(heads: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+
+
+def _groups(records: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Any]]]:
+    for key in dict.fromkeys((r["world"], r["arm"]) for r in records):
+        yield key, [r for r in records if (r["world"], r["arm"]) == key]
+
+
+def _excess(records: Sequence[dict[str, Any]], place: int) -> str:
+    if not records:
+        return ""
+    middle = _quantile(np.sort([r["excess"][place] for r in records]), 0.5)
+    return "no answer" if np.isinf(middle) else f"{middle:.2%}"
 
 
 def _quantile(ordered: Any, q: float) -> float:
@@ -140,26 +174,21 @@ def main() -> None:
     parser.add_argument("--world", action="append")
     parser.add_argument("--arm", action="append")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--budgets", type=float, default=3.0, help="search budget in B")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4.0], help="in B")
+    parser.add_argument("--json", type=Path, help="records, added to those that are there")
+    parser.add_argument("--report", action="store_true", help="only the tables of --json")
     given = parser.parse_args()
-    worlds = given.world or sorted(path.stem for path in given.folder.glob("*.yaml"))
-    records = []
-    for record in searches(
-        given.folder, worlds, given.arm or list(ARMS), given.seeds, given.budgets
-    ):
-        records.append(record)
-        print(
-            record["world"],
-            record["arm"],
-            record["seed"],
-            f"{record['solved']:.2f}",
-            f"{record['seconds']:.1f}s",
-            file=sys.stderr,
-        )
-        if given.json:
-            given.json.write_text(json.dumps(records))
-    print(table(records, given.budgets))
+    records = json.loads(given.json.read_text()) if given.json and given.json.exists() else []
+    if not given.report:
+        worlds = given.world or sorted(path.stem for path in given.folder.glob("*.yaml"))
+        arms = given.arm or [*ARMS, *PRODUCT]
+        for record in searches(given.folder, worlds, arms, given.seeds, given.budgets):
+            records.append(record)
+            words = [str(record[key]) for key in ("world", "arm", "budgets", "seed")]
+            print(*words, f"{record['solved']:.2f} {record['seconds']:.1f}s", file=sys.stderr)
+            if given.json:
+                given.json.write_text(json.dumps(records))
+    print(table(records))
 
 
 if __name__ == "__main__":

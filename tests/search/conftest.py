@@ -75,18 +75,24 @@ class Clock:
 
 @dataclass
 class Cluster:
-    """Runs the trials of a desk, and asks it as Tune's loop does."""
+    """Runs the trials of a desk, and asks it as Tune's loop does.
+
+    Gangs outlive their trials where the desk is a warm one: a trial on a live gang starts at once,
+    and a dismissed one is gone after `gone` seconds.
+    """
 
     desk: Desk
     clock: Clock
     behave: object
     checkpoints: dict = dataclass_field(default_factory=dict)
     poll: float = 2.0
+    gone: float = 3.0
     interrupt_at: float | None = None
     reason: str | None = None
 
     def __post_init__(self):
         self.board, self.queue, self.order = set(), [], itertools.count()
+        self.live, self.dismissed = set(), set()
 
     def after(self, seconds, action):
         heapq.heappush(self.queue, (self.clock.now + seconds, next(self.order), action))
@@ -96,7 +102,8 @@ class Cluster:
         self.tick()
         while self.reason is None or self.desk.state.running:
             self.turn()
-            assert self.reason or self.desk.state.running, "the desk waits for nothing"
+            state = self.desk.state
+            assert self.reason or state.running or state.idle, "the desk waits for nothing"
             self.clock.now, _, action = heapq.heappop(self.queue)
             action()
         self.desk.close(self.reason)
@@ -113,6 +120,7 @@ class Cluster:
             self.post_stops()
         if desk.check_budget():
             self.post_stops()
+        self.settle()
         while self.reason is None:
             match desk.next_trial():
                 case Finished(reason):
@@ -122,6 +130,11 @@ class Cluster:
                 case trial:
                     self.start(trial)
 
+    def settle(self):
+        for gang in set(self.desk.gangs_to_dismiss()) - self.dismissed:
+            self.dismissed.add(gang)
+            self.after(self.gone, lambda gang=gang: self.desk.gang_ended(gang))
+
     def post_stops(self):
         self.board |= {t.trial_id for t in self.desk.state.running if t.stop_reason}
 
@@ -129,7 +142,11 @@ class Cluster:
         self.board.discard(trial.trial_id)
         behaviour = self.behave(trial.run)
         tokens = self.checkpoints.get(trial.trial_id, 0)
-        self.after(behaviour.first, lambda: self.hand_in(trial.run, behaviour, tokens, 1))
+        assert trial.gang not in self.dismissed
+        is_live = trial.gang is not None and trial.gang in self.live
+        self.live.add(trial.gang)
+        first = behaviour.interval(1) if is_live else behaviour.first
+        self.after(first, lambda: self.hand_in(trial.run, behaviour, tokens, 1))
 
     def hand_in(self, run, behaviour, before, k):
         tokens = min(before + run.report_every_tokens, run.tokens)
@@ -158,7 +175,9 @@ class Cluster:
         status = "stopped" if status == "running" else status
         self.after(
             behaviour.delay + behaviour.stop,
-            lambda: self.desk.end(run.trial_id, status, "", checkpoint),
+            lambda: self.desk.end(
+                run.trial_id, status, "", checkpoint, gang_lives=status not in ("failed", "oom")
+            ),
         )
 
     def handle(self, trial_id, progress, checkpoint):
@@ -184,7 +203,7 @@ class Lab:
             data[name] = data[name] | value if name == "search" else value
         return Space(ConfigFile("space.yaml", data))
 
-    def desk(self, space, clock=None, *, events=(), capacity=None):
+    def desk(self, space, clock=None, *, events=(), capacity=None, warm=False):
         """A desk with a new journal, or with one that holds events of a driver that died."""
         clock = clock or Clock()
         journal = Journal(self.folder / f"{len(self.journals)}.jsonl")
@@ -198,7 +217,7 @@ class Lab:
         )
         for event in events or (begin,):
             journal.append(event)
-        return Desk(space, journal, capacity or Capacity({"CPU": 2.0}), clock)
+        return Desk(space, journal, capacity or Capacity({"CPU": 2.0}), clock, warm=warm)
 
     def run(self, desk, behave=lambda run: Behaviour(), **options):
         """The cluster, after the search has ended on it."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from thriftlm.search.asha import rung_reached, survives
+from thriftlm.search.asha import bracket, bracket_sizes, rung_reached, rungs_of, survives
 from thriftlm.search.journal import Reported, StopRequested
 from thriftlm.search.scoring import score_trials
 
@@ -34,6 +34,31 @@ def test_the_top_third_survives_rounded_up(n, kept):
     values = {str(i): float(n - i) for i in range(n)}  # the last is the best
     survivors = [trial_id for trial_id in values if survives(trial_id, values)]
     assert survivors == list(values)[-kept:]
+
+
+def test_hyperband_gives_each_bracket_its_share_of_trials():
+    assert bracket_sizes(2, 3) == [3, 5, 9]  # of s = 0, 1, 2 with three rungs' worth of budget
+    brackets = [bracket(number, 2, 3) for number in range(34)]
+    assert [brackets.count(s) for s in range(3)] == [6, 10, 18]
+    assert rungs_of("hyperband", 0, RUNGS, 3) == RUNGS
+    assert rungs_of("hyperband", 9, RUNGS, 3) == RUNGS[1:]
+    assert rungs_of("hyperband", 14, RUNGS, 3) == ()
+    assert rungs_of("asha", 14, RUNGS, 3) == RUNGS
+    assert rungs_of("none", 14, RUNGS, 3) == ()
+
+
+def test_hyperband_compares_within_brackets_and_lets_the_last_bracket_be(lab):
+    search = {"scheduler": "hyperband", "max_concurrent": 1}
+    desk = lab.searched(lab.space(search=search, search_budget={"trials": 17}))
+    asked = [e for e in desk.journal.events if isinstance(e, StopRequested)]
+    number = {t.trial_id: t.number for t in desk.state.trials.values()}
+    assert asked
+    assert all(event.reason.startswith("hyperband: not in the top 1/3 of ") for event in asked)
+    assert {number[event.trial_id] for event in asked} <= set(range(14))
+    first_of_the_second = next(t for t in desk.state.trials.values() if t.number == 9)
+    assert first_of_the_second.status == "done"  # alone at its rung, whoever passed it before
+    late = [e for e in asked if number[e.trial_id] >= 9]
+    assert all("24576 tokens" in event.reason for event in late)
 
 
 def test_of_equal_trials_the_earlier_survives():

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from thriftlm.search.journal import Ended, Released, Reported, RunMinted, Suggested, read
+from thriftlm.search.journal import Dismissed, Ended, Released, Reported, RunMinted, Suggested, read
 from thriftlm.spec import RunSpec
 
 pytestmark = pytest.mark.ray
@@ -78,9 +78,11 @@ def test_ledger_adds_up(finished):
     storage, found, _ = finished
     events = list(read(storage / "searches/quickstart/journal.jsonl"))
     released = sum(event.usd for event in events if isinstance(event, Released))
-    assert released == pytest.approx(found["spent_usd"], rel=1e-12)
+    idle = sum(event.usd for event in events if isinstance(event, Dismissed))
     assert sum(t["usd"] for t in found["trials"]) == pytest.approx(released, rel=1e-12)
-    assert 0 < released <= found["budget_usd"]
+    assert found["idle_usd"] >= idle > 0
+    assert released + found["idle_usd"] == pytest.approx(found["spent_usd"], rel=1e-12)
+    assert 0 < found["spent_usd"] <= found["budget_usd"]
 
 
 def test_mlflow_holds_one_parent_and_its_children(finished):
@@ -194,6 +196,6 @@ def test_kill_and_interrupt_then_resume_lose_nothing(tmp_path, corpus):
     assert count(events, Suggested) == count(events, Ended) == 2
     assert not [e for e in events[known:] if isinstance(e, Reported) and e.trial_id == ended]
     released = sum(event.usd for event in events if isinstance(event, Released))
-    assert released == pytest.approx(found["spent_usd"], rel=1e-12)
+    assert released + found["idle_usd"] == pytest.approx(found["spent_usd"], rel=1e-12)
     minted = [event.trial_id for event in events if isinstance(event, RunMinted)]
     assert len(minted) == len(set(minted)) == 3

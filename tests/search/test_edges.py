@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.records import write_rows
+from thriftlm.search.capacity import Capacity
 from thriftlm.search.recorded import recorded_rows
 from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.search.simulate import simulate
@@ -126,6 +127,15 @@ def test_the_desk_says_the_same_of_a_real_search(lab, status):
     words = {"oom": "out of memory", "diverged": "diverged"}[status]
     assert desk.learned()[0] == f"3 trials: 3 {words}"
     assert len(desk.learned()) == 2
+
+
+def test_a_gpu_that_should_have_held_it_is_told_as_such(lab):
+    space = lab.space(search_budget={"trials": 1}, system={"gpu": "T4-16GB", "micro_batch": 4})
+    capacity = Capacity({"CPU": 1, "GPU:T4": 1})
+    desk = lab.searched(space, lambda run: lab.Behaviour(failure=("oom", 1)), capacity=capacity)
+    _, why = desk.learned()
+    assert "GB per GPU (1 x T4-16GB, single, micro_batch 4), which has 1" in why
+    assert "it needs more than estimated; try micro_batch 1, act_ckpt full" in why
 
 
 def test_what_fails_is_told_with_its_reason(lab):

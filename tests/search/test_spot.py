@@ -151,6 +151,39 @@ def test_a_wait_beyond_the_hours_of_the_budget_ends_the_search(search):
         search("spot", SpotTrace(7200.0, (0, 1)), search_budget={"hours": 1})
 
 
+def test_systems_that_never_fit_do_not_end_the_factored_search(lab, tmp_path):
+    """Two nodes are the cheapest per token, and the market never has more than one."""
+    space = lab.space(
+        optim={"lr": {"loguniform": [1e-4, 1e-1]}, "schedule": "constant"},
+        system={
+            "gpu": "A100-80GB",
+            "n_gpus": [1, 2],
+            "gpus_per_node": 1,
+            "strategy": "ddp",
+            "market": "spot",
+        },
+        search={
+            "algorithm": "factored",
+            "scheduler": "none",
+            "max_concurrent": 1,
+            "fidelity": world.SEARCH,
+        },
+        training_budget={"usd": world.BUDGET_USD},
+        search_budget={"usd": 10 * world.BUDGET_USD},
+    )
+    rows = [row for row in world.rows() if row["system.attention"] == "flash"]
+    for row in rows:
+        row["system.n_gpus"] = row.pop("system.micro_batch")
+        del row["system.attention"]
+    write_rows(rows, tmp_path / "runs.parquet")
+    runs = read_runs(tmp_path / "runs.parquet", space)
+    held, truth = RecordedSpace(space, runs), truth_of(runs, space, tmp_path / "runs.parquet")
+    journal = MemoryJournal()
+    found = simulate(held, truth, "factored", 0, Conditions(START_UP, ALWAYS), journal=journal)
+    assert found.trials == 9
+    assert {t.run.system.n_gpus for t in SearchState(journal.events).trials.values()} == {1}
+
+
 def test_a_spot_trace_without_spot_systems_is_refused(search):
     with pytest.raises(InputError, match=r"--set space\.system\.market=spot"):
         search("on_demand", ALWAYS)

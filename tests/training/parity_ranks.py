@@ -44,7 +44,7 @@ def losses(job: dict[str, Any], cache: Path) -> list[float]:
     for step in range(spec.steps):
         bad = step == job["bad_step"] and RANK == WORLD - 1
         engine.loss = (lambda batch: plain(batch) * float("nan")) if bad else plain
-        micro = list(batches.at(step))
+        micro = regrouped(list(batches.at(step)), job["order"], step)
         total = sum(
             float(engine.accumulate(batch, last=number == len(micro)))
             for number, batch in enumerate(micro, start=1)
@@ -54,6 +54,15 @@ def losses(job: dict[str, Any], cache: Path) -> list[float]:
         found += ranks.mean(total / len(micro))
     torch.set_default_dtype(torch.float32)
     return found
+
+
+def regrouped(micro: list[torch.Tensor], order: int | None, step: int) -> list[torch.Tensor]:
+    """The sequences of a step in micro-batches as they come, or drawn anew by an order."""
+    if order is None:
+        return micro
+    whole = torch.cat(micro)
+    drawn = torch.Generator().manual_seed(1000 * order + step)
+    return list(whole[torch.randperm(len(whole), generator=drawn)].split(len(micro[0])))
 
 
 def main(folder: Path) -> None:

@@ -47,10 +47,11 @@ def job(
     dtype: str = "float32",
     steps: int = STEPS,
     bad_step: int | None = None,
+    order: int | None = None,
     **changes: Any,
 ) -> Any:
     run = bench.spec(tokens=steps * BATCH_TOKENS, **changes)
-    fields = {"dtype": dtype, "bad_step": bad_step}
+    fields = {"dtype": dtype, "bad_step": bad_step, "order": order}
     return fields | {"name": name, "run": run.model_dump(mode="json")}
 
 
@@ -181,6 +182,9 @@ def test_muon_over_shards_is_that_of_whole_matrices(strategy, pair, alone):
 # --- the whole matrix ---------------------------------------------------------------------------
 
 MATRIX = tuple(product(SHARINGS, ("none", "selective")))
+REGROUPED = ((1, None), (2, None), (8, None), *product((1, 2, 4), (1, 2, 3)))
+"""Micro-batches of so many sequences, as they come or drawn anew at each step: ranks, too, take
+other sequences together. Enough of them that their largest is no accident."""
 
 
 def name(sharing: str, way: str, strategy: str = "single", dtype: str = "float32") -> str:
@@ -211,12 +215,13 @@ def single_matrix(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Losse
         jobs += [
             job(
                 bench,
-                f"{sharing}/{size}",
+                f"{sharing}/{size}/{order}",
                 steps=LONG,
+                order=order,
                 model={"sharing": sharing},
                 system={"micro_batch": size},
             )
-            for size in (1, 2, 8)
+            for size, order in REGROUPED
         ]
     return trained(bench, tmp_path_factory.mktemp("one") / "ranks", jobs, 1)
 
@@ -239,8 +244,8 @@ def test_matrix(strategy, sharing, way, spread_matrix, single_matrix):
     expected = single_matrix[name(sharing, way)]
     assert difference(found[:STEPS], expected[:STEPS]) < TOLERANCE
     regrouped = max(
-        difference(single_matrix[f"{sharing}/{size}"][-STEPS:], expected[-STEPS:])
-        for size in (1, 2, 8)
+        difference(single_matrix[f"{sharing}/{size}/{order}"][-STEPS:], expected[-STEPS:])
+        for size, order in REGROUPED
     )
     assert regrouped > 0
     assert difference(found[-STEPS:], expected[-STEPS:]) <= 2 * regrouped

@@ -203,7 +203,7 @@ def sampled(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in ranks]
+        said = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -15,6 +15,8 @@ from thriftlm.planning.estimate import Estimate, estimate_runs
 from thriftlm.prices import usd_per_hour
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
+from thriftlm.search.asha import bracket_sizes, rungs_of
+from thriftlm.search.settings import Fidelity
 from thriftlm.search.space import Space
 from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
@@ -55,7 +57,7 @@ def describe_space(space: Space, calibration: Calibration | None = None) -> dict
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
-        "rungs_tokens": list(search.fidelity.rungs) if space.scheduler == "asha" else [],
+        "rungs_tokens": list(search.fidelity.rungs) if pauses_or_stops(space) else [],
         "max_tokens": search.fidelity.max_tokens,
         "objective": space.objective_name,
         "training_budget": space.training_budget.model_dump(),
@@ -127,11 +129,25 @@ def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> 
 
 
 def expected_tokens(space: Space) -> float:
-    """Tokens of a mean trial: the scheduler lets one in `factor` pass each rung."""
+    """Tokens of a mean trial: one in `factor` passes each rung that looks at it."""
     fidelity = space.search.fidelity
-    rungs = fidelity.rungs if space.scheduler == "asha" else ()
+    if space.search.algorithm == "factored":
+        return _tokens_past(fidelity.rungs, fidelity)
+    cycle = sum(bracket_sizes(len(fidelity.rungs), fidelity.factor))
+    return fmean(
+        _tokens_past(rungs_of(space.scheduler, n, fidelity.rungs, fidelity.factor), fidelity)
+        for n in range(cycle)
+    )
+
+
+def _tokens_past(rungs: Sequence[int], fidelity: Fidelity) -> float:
     legs = pairwise([0, *rungs, fidelity.max_tokens])
     return fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
+
+
+def pauses_or_stops(space: Space) -> bool:
+    """Whether trials can end at a rung."""
+    return space.scheduler != "none" or space.search.algorithm == "factored"
 
 
 @cache

@@ -31,6 +31,8 @@ class Sitting:
     address: str | None = None
     """The Ray cluster; None for what the environment says, else this machine."""
     resume: bool = False
+    cold: bool = False
+    """Whether every trial gets workers of its own, started for it."""
     overrides: tuple[str, ...] = ()
     """The `--set` of the command line, as they were given."""
 
@@ -93,6 +95,7 @@ def hold(sitting: Sitting, view: LiveView) -> SearchResult:
                 journal,
                 sitting.storage.data,
                 address=sitting.address,
+                cold=sitting.cold,
                 on_stage=view.stage,
             )
             found, scores = result.write(sitting.folder, sitting.space, desk.state)

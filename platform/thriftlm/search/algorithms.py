@@ -17,7 +17,7 @@ from thriftlm.search.objective import rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import RunSpec
+from thriftlm.spec import RunSpec, SystemSpec
 
 MAX_DRAWS = 2_000
 """Draws in a row without a new valid point after which a space counts as exhausted."""
@@ -80,6 +80,9 @@ class Searcher:
     def observe(self, event: Event) -> None:
         """Take an event of the journal into account; each comes once, in order."""
 
+    def restrict(self, fits: Callable[[SystemSpec], bool]) -> None:
+        """Told once, before the first event, which systems the cluster can ever hold."""
+
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         return self.algorithm(self.space, state)
@@ -90,6 +93,10 @@ class Searcher:
 
     def pause(self, trial: TrialState) -> str | None:
         """Why a running trial should wait after its next report; begins with `PAUSED`."""
+        return None
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """Tokens at which a trial that was just allocated will be told to wait, if it will."""
         return None
 
     def leader(self, state: SearchState) -> str | None:

@@ -1,7 +1,7 @@
 """Asynchronous successive halving over tokens, stopping variant (Li et al., arXiv 1810.05934)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def rung_reached(rungs: Iterable[int], before: int, now: int) -> int | None:
@@ -18,3 +18,35 @@ def survives(trial_id: str, values: Mapping[str, float], factor: int = 3) -> boo
     """
     kept = math.ceil(len(values) / factor)
     return sorted(values, key=lambda other: values[other]).index(trial_id) < kept
+
+
+def bracket(number: int, n_rungs: int, factor: int) -> int:
+    """The Hyperband bracket of a trial: how many of the last rungs may stop it.
+
+    Brackets hedge against a rung that misjudges: bracket `n_rungs` has all of them, bracket 0 has
+    none and trains to the end. Of all trials, in turn, each bracket takes as many as Hyperband
+    gives it, `ceil((n_rungs + 1) / (s + 1) * factor^s)` (Li et al., arXiv 1603.06560, algorithm 1),
+    and compares them asynchronously within it.
+    """
+    sizes = bracket_sizes(n_rungs, factor)
+    place = number % sum(sizes)
+    for s in range(n_rungs, 0, -1):
+        if place < sizes[s]:
+            return s
+        place -= sizes[s]
+    return 0
+
+
+def bracket_sizes(n_rungs: int, factor: int) -> list[int]:
+    """Trials of each bracket, from the one without a rung to the one with all."""
+    return [math.ceil((n_rungs + 1) / (s + 1) * factor**s) for s in range(n_rungs + 1)]
+
+
+def rungs_of(scheduler: str, number: int, rungs: Sequence[int], factor: int) -> Sequence[int]:
+    """The rungs at which a scheduler looks at the trial of that number."""
+    match scheduler:
+        case "asha":
+            return rungs
+        case "hyperband":
+            return rungs[len(rungs) - bracket(number, len(rungs), factor) :]
+    return ()

@@ -9,6 +9,7 @@ trial turns out slower than it had been.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from thriftlm.search.gangs import LONGEST_IDLE_SECONDS
 from thriftlm.search.state import SearchState, TrialState
 
 STOP_SECONDS = 5.0
@@ -39,10 +40,14 @@ class Budget:
         *,
         usd_per_hour: float,
         trial: TrialState | None = None,
+        gang: str | None = None,
     ) -> str | None:
-        """Why a new trial at this price cannot start now, None when it can."""
+        """Why a new trial at this price cannot start now, None when it can.
+
+        `gang` would serve it: what is reserved for its waiting falls away.
+        """
         seconds = self.needed_seconds(state, trial)
-        needed_usd = usd_per_hour * seconds / 3600
+        needed_usd = usd_per_hour * seconds / 3600 - self._reserved_idle(state, now, gang)
         return self._usd_passed(state, now, needed_usd) or self._hours_passed(state, now, seconds)
 
     def needed_seconds(self, state: SearchState, trial: TrialState | None) -> float:
@@ -66,9 +71,18 @@ class Budget:
             trial.allocations[-1].usd_per_hour * self.reserve_seconds(state, trial, now) / 3600
             for trial in state.running
         )
+        reserved += sum(self._reserved_idle(state, now, gang) for gang in state.idle)
         if state.spent_usd(now) + reserved + more_usd <= self.usd:
             return None
         return f"search budget of {self.usd:g} USD"
+
+    def _reserved_idle(self, state: SearchState, now: float, gang: str | None) -> float:
+        """Dollars that a waiting gang may still cost until it is dismissed and has ended."""
+        if gang not in state.idle:
+            return 0.0
+        held = state.idle[gang].held
+        seconds = max(0.0, held.since + LONGEST_IDLE_SECONDS - now) + STOP_SECONDS
+        return held.usd_per_hour * seconds / 3600
 
     def _hours_passed(self, state: SearchState, now: float, seconds: float) -> str | None:
         if self.hours is None or state.hours(now) + seconds / 3600 <= self.hours:

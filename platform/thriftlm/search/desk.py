@@ -5,19 +5,22 @@ takes effect, and all of it can be replayed.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from thriftlm import prices
 from thriftlm.search import algorithms, lessons
-from thriftlm.search.asha import rung_reached, survives
+from thriftlm.search.asha import rung_reached, rungs_of, survives
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
+from thriftlm.search.gangs import Gangs
 from thriftlm.search.journal import (
     Allocated,
+    Dismissed,
     Ended,
     Event,
+    Idle,
     Journal,
     Released,
     Reported,
@@ -63,6 +66,7 @@ class Desk:
         price_of: USD per hour of everything that a run is billed for, and where that comes from.
         first_report: seconds to the first report of a run, where that is known.
         searcher: makes who proposes; the one that the space names.
+        warm: whether gangs wait for another trial after theirs (`search.gangs`).
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Desk:
         price_of: Callable[[RunSpec], tuple[float, str]] = listed_price,
         first_report: FirstReport | None = None,
         searcher: Callable[[Space], algorithms.Searcher] = algorithms.started,
+        warm: bool = False,
     ) -> None:
         self.space, self.journal, self.capacity, self.clock = space, journal, capacity, clock
         self.price_of = price_of
@@ -82,9 +87,11 @@ class Desk:
         limits = space.search_budget
         self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
         self.algorithm = searcher(space)
+        self.algorithm.restrict(capacity.can_ever_hold)
         for event in journal.events:
             self.algorithm.observe(event)
         self.interrupted = False
+        self.gangs = Gangs(self.state, capacity) if warm else None
 
     def resume(self) -> None:
         """Close what a killed driver left open, at the last moment it is known to have lived.
@@ -94,6 +101,8 @@ class Desk:
         died_at = self.state.last_at
         for trial in self.state.running:
             self._release(trial, died_at)
+        for gang in list(self.state.idle):
+            self._dismissed(gang, died_at)
         for trial in self.state.waiting:
             if trial.stop_reason not in (None, INTERRUPTED):
                 self._end(trial, died_at, "stopped", trial.stop_reason or "", None)
@@ -107,15 +116,21 @@ class Desk:
         fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
-        if isinstance(trial, Finished) and later and self._may_wait():
-            return Wait()
+        if isinstance(trial, Finished) and later:
+            return self._until_market()
         if isinstance(trial, Finished | Wait):
             return trial
         usd_per_hour, price = self.price_of(trial.run)
         refusal = self.budget.refusal(
-            self.state, self.clock(), usd_per_hour=usd_per_hour, trial=trial
+            self.state,
+            self.clock(),
+            usd_per_hour=usd_per_hour,
+            trial=trial,
+            gang=self._waiting_gang(trial),
         )
         if refusal and not self.state.running:
+            if self.gangs is not None and self.gangs.dismiss_all():
+                return Wait()  # for what is reserved for their waiting
             return Finished(f"{refusal} leaves no room for another trial")
         if refusal or not self._has_room(trial):
             return Wait()
@@ -125,6 +140,7 @@ class Desk:
                 trial_id=trial.trial_id,
                 usd_per_hour=usd_per_hour,
                 price=price,
+                gang=None if self.gangs is None else self.gangs.of(trial.run.system),
             )
         )
         return trial
@@ -137,7 +153,7 @@ class Desk:
         )
         if progress.status == "running" and trial.stop_reason is None:
             reason = self.budget.stop_reason(self.state, trial, self.clock())
-            reason = reason or self._asha_reason(trial) or self.algorithm.pause(trial)
+            reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
             self._ask_to_end(trial, reason)
         return trial.stop_reason is not None
 
@@ -160,14 +176,23 @@ class Desk:
     def end(
         self,
         trial_id: str,
-        status: Status | Literal["failed"],
+        status: Status | Literal["failed", "lost"],
         reason: str = "",
         checkpoint: str | None = None,
+        gang_lives: bool = False,
     ) -> None:
-        """Release the resources of a trial; it is over unless it was interrupted or paused."""
-        trial = self.state.trials[trial_id]
-        self._release(trial, self.clock())
-        if status == "stopped" and (trial.stop_reason == INTERRUPTED or trial.is_paused):
+        """Release the resources of a trial; it is over unless interrupted, paused or lost.
+
+        Where its gang lives, that waits for another trial, and costs what it did.
+        """
+        trial, at = self.state.trials[trial_id], self.clock()
+        self._release(trial, at)
+        if gang_lives and trial.gang is not None:
+            price = trial.allocations[-1].usd_per_hour
+            self._write(Idle(at=at, gang=trial.gang, system=trial.run.system, usd_per_hour=price))
+        if status == "lost" or (
+            status == "stopped" and (trial.stop_reason == INTERRUPTED or trial.is_paused)
+        ):
             return
         if status == "stopped":
             reason = trial.stop_reason or reason
@@ -195,10 +220,30 @@ class Desk:
         """End the search; an interrupted one can be resumed."""
         for trial in self.state.running:
             self._release(trial, self.clock())
+        for gang in list(self.state.idle):
+            self._dismissed(gang, self.clock())
         status: Literal["finished", "interrupted"] = "finished"
         if self.interrupted:
             status, reason = "interrupted", INTERRUPTED
         self._write(SearchEnded(at=self.clock(), status=status, reason=reason))
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """Tokens at which a trial that was just allocated ends by itself, to wait."""
+        return self.algorithm.pauses_at(trial)
+
+    def gangs_to_dismiss(self) -> list[str]:
+        """Gangs that wait and must end; they are billed until `gang_ended`."""
+        return [] if self.gangs is None else sorted(self.gangs.dismissed(self.clock()))
+
+    def let_gangs_go(self) -> None:
+        """Have all gangs that wait dismissed."""
+        if self.gangs is not None:
+            self.gangs.dismiss_all()
+
+    def gang_ended(self, gang: str) -> None:
+        """A gang that waited holds nothing any more."""
+        if gang in self.state.idle:
+            self._dismissed(gang, self.clock())
 
     def scores(self) -> dict[str, Score]:
         """The score of every trial that measured a loss."""
@@ -249,39 +294,53 @@ class Desk:
                 )
                 self._write(event)
                 return self.state.trials[run.trial_id]
-        if may_go_on or (is_later and self._may_wait()):
+        if is_later:
+            return self._until_market()
+        if may_go_on:
             return Wait()
         return Finished("every point of the space that fits has been tried")
 
-    def _may_wait(self) -> bool:
+    def _until_market(self) -> Wait | Finished:
         """Whether the budget bears that something starts when the market has room again."""
-        if self.state.running:
-            return True
-        return self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0) is None
+        refusal = self.budget.refusal(self.state, self.clock(), usd_per_hour=0.0)
+        if refusal and not self.state.running:
+            return Finished(f"{refusal} leaves no room for another trial")
+        return Wait()
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent
         return limit is not None and len(self.state.running) >= limit
 
-    def _has_room(self, trial: TrialState) -> bool:
-        running = [other.run.system for other in self.state.running]
-        return not self._is_full() and self.capacity.can_hold(trial.run.system, running)
+    def _waiting_gang(self, trial: TrialState) -> str | None:
+        return None if self.gangs is None else self.gangs.waiting(trial.run.system)
 
-    def _asha_reason(self, trial: TrialState) -> str | None:
-        if self.space.scheduler != "asha":
-            return None
+    def _has_room(self, trial: TrialState) -> bool:
+        if self._is_full():
+            return False
+        if self.gangs is not None:
+            return self.gangs.has_room(trial.run.system)
+        running = [other.run.system for other in self.state.running]
+        return self.capacity.can_hold(trial.run.system, running)
+
+    def _halving_reason(self, trial: TrialState) -> str | None:
+        rungs = self._rungs(trial)
         before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
-        rung = rung_reached(self.settings.fidelity.rungs, before, trial.tokens)
+        rung = rung_reached(rungs, before, trial.tokens)
         if rung is None:
             return None
-        values = self._values_at(rung)
+        reached = (t for t in self.state.trials.values() if t.tokens >= rung)
+        values = self._values_at(rung, [t for t in reached if self._rungs(t) == rungs])
         factor = self.settings.fidelity.factor
         if trial.trial_id in values and not survives(trial.trial_id, values, factor):
-            return f"asha: not in the top 1/{factor} of {len(values)} at {rung} tokens"
+            place = f"not in the top 1/{factor} of {len(values)} at {rung} tokens"
+            return f"{self.space.scheduler}: {place}"
         return None
 
-    def _values_at(self, rung: int) -> Mapping[str, float]:
-        reached = [trial for trial in self.state.trials.values() if trial.tokens >= rung]
+    def _rungs(self, trial: TrialState) -> Sequence[int]:
+        fidelity = self.settings.fidelity
+        return rungs_of(self.space.scheduler, trial.number, fidelity.rungs, fidelity.factor)
+
+    def _values_at(self, rung: int, reached: Sequence[TrialState]) -> Mapping[str, float]:
         scores = score_trials(
             self.space, self.state, reached, until_tokens=rung, samples=FEW_SAMPLES
         )
@@ -294,6 +353,9 @@ class Desk:
     def _release(self, trial: TrialState, at: float, preempted: bool = False) -> None:
         usd = trial.allocations[-1].usd(at)
         self._write(Released(at=at, trial_id=trial.trial_id, usd=usd, preempted=preempted))
+
+    def _dismissed(self, gang: str, at: float) -> None:
+        self._write(Dismissed(at=at, gang=gang, usd=self.state.idle[gang].held.usd(at)))
 
     def _end(
         self,

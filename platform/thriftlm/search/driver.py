@@ -16,12 +16,13 @@ from ray.tune.search import Searcher
 
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
-from thriftlm.search.gang import OUTCOME, TRIAL_RESOURCES, run_trial
+from thriftlm.search.exchange import Exchange
+from thriftlm.search.gang import ON_THE_HEAD, OUTCOME, TRIAL_RESOURCES, hold, run_trial
 from thriftlm.search.journal import Journal, SearchStarted
 from thriftlm.search.provenance import versions
 from thriftlm.search.space import Space
+from thriftlm.search.state import TrialState
 from thriftlm.search.storage import writable
-from thriftlm.search.worker import StopBoard
 from thriftlm.spec import InputError, Progress, digest, identity
 
 ENVIRONMENT = {
@@ -31,6 +32,8 @@ ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "64",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the journal is the state; Tune's is not used
 }
+LAST_GANGS_SECONDS = 30.0
+"""How long dismissed gangs are waited for at the end, for the ledger; 2 to 4 s are usual."""
 OnStage = Callable[[str, float], None]
 """Told what is being waited for before the first trial, and the share of it that is done."""
 
@@ -42,16 +45,84 @@ class Unpickled:
         return {}
 
 
+class Hosts:
+    """The gangs that live, by name.
+
+    Args:
+        exchange: through which they get their trials.
+        folder: of the search.
+        cache: of token shards.
+    """
+
+    def __init__(self, exchange: Any, folder: Path, cache: Path) -> None:
+        self.exchange, self.folder, self.cache = exchange, str(folder), str(cache)
+        self.live: dict[str, ray.ObjectRef[None]] = {}
+
+    def serving(self, trial: TrialState) -> dict[str, Any]:
+        """What the Tune trial is told of its gang, which is started where it does not live."""
+        name = trial.gang or f"{trial.trial_id}-{len(trial.allocations)}"
+        if name not in self.live:
+            self.live[name] = hold.options(resources=ON_THE_HEAD).remote(
+                name, trial.run.system, self.exchange, self.folder, self.cache
+            )
+        return {
+            "exchange": self.exchange,
+            "folder": self.folder,
+            "gang": name,
+            "host": [self.live[name]],
+            "is_warm": trial.gang is not None,
+        }
+
+    def settle(self, desk: Desk, patience_seconds: float = 0.0) -> None:
+        """Dismiss the gangs that the desk lets go, and tell it of those that have ended."""
+        for name in desk.gangs_to_dismiss():
+            self.exchange.dismiss.remote(name)
+        refs = {ref: name for name, ref in self.live.items()}
+        if not refs:
+            return
+        ended, _ = ray.wait(list(refs), num_returns=len(refs), timeout=patience_seconds)
+        for ref in ended:
+            desk.gang_ended(refs[ref])
+            del self.live[refs[ref]]
+
+
+class Turn:
+    """What is due at every turn of Tune's loop, wherever that happens to stand."""
+
+    def __init__(self, desk: Desk, hosts: Hosts) -> None:
+        self.desk, self.hosts = desk, hosts
+        self.interrupt_asked = False
+
+    def take(self) -> None:
+        """Obey an interruption, the budget and the gangs' time limits."""
+        if self.interrupt_asked and not self.desk.interrupted:
+            self.desk.interrupt()
+            self.post_stops()
+        if self.desk.check_budget():  # a trial may be late for the report that would tell us
+            self.post_stops()
+        self.hosts.settle(self.desk)
+
+    def post_stops(self) -> None:
+        """Tell the exchange every stop of the desk."""
+        for trial in self.desk.state.running:
+            if trial.stop_reason is not None:
+                self.hosts.exchange.stop.remote(trial.trial_id)
+
+
 class DeskSearcher(Unpickled, Searcher):
     """Tune's question "what next?", put to the desk."""
 
-    def __init__(self, desk: Desk, common: dict[str, Any]) -> None:
+    def __init__(self, desk: Desk, hosts: Hosts, turn: Turn) -> None:
         super().__init__()
-        self.desk, self.common = desk, common
+        self.desk, self.hosts, self.turn = desk, hosts, turn
         self.finished = ""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The configuration of the next trial, None to wait, `FINISHED` when there is none."""
+        """The configuration of the next trial, None to wait, `FINISHED` when there is none.
+
+        While no trial is left, Tune asks this again and again and does nothing else.
+        """
+        self.turn.take()
         answer = self.desk.next_trial()
         match answer:
             case Finished(reason):
@@ -59,12 +130,11 @@ class DeskSearcher(Unpickled, Searcher):
                 return str(Searcher.FINISHED)
             case Wait():
                 return None
-        board = self.common["board"]
-        ray.get(board.clear.remote(answer.trial_id))
-        return self.common | {
+        return self.hosts.serving(answer) | {
             "run": answer.run.model_dump_json(),
             "trial_id": answer.trial_id,
             "known_tokens": answer.tokens,
+            "until_tokens": self.desk.pauses_at(answer),
         }
 
     def on_trial_complete(
@@ -77,21 +147,16 @@ class DeskSearcher(Unpickled, Searcher):
 
 
 class DeskScheduler(Unpickled, FIFOScheduler):
-    """Tune's results, told to the desk; a stop goes to the board and is obeyed at a report."""
+    """Tune's results, told to the desk; a stop goes to the exchange and is obeyed at a report."""
 
-    def __init__(self, desk: Desk, board: Any) -> None:
+    def __init__(self, desk: Desk, turn: Turn) -> None:
         super().__init__()
-        self.desk, self.board = desk, board
+        self.desk, self.turn = desk, turn
         self.outcomes: dict[str, dict[str, Any]] = {}
-        self.interrupt_asked = False
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first trial that waits; called at every turn of Tune's loop."""
-        if self.interrupt_asked and not self.desk.interrupted:
-            self.desk.interrupt()
-            self.post_stops()
-        if self.desk.check_budget():  # a trial may be late for the report that would tell us
-            self.post_stops()
+        """The first trial that waits; called at every turn of Tune's loop with trials."""
+        self.turn.take()
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -101,7 +166,7 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         elif "progress" in result:
             progress = Progress.model_validate_json(result["progress"])
             self.desk.report(trial.config["trial_id"], progress, result["checkpoint"])
-            self.post_stops()
+            self.turn.post_stops()
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -111,18 +176,13 @@ class DeskScheduler(Unpickled, FIFOScheduler):
             "reason": "the trial ended without an outcome",
             "checkpoint": None,
         }
+        outcome.pop("broke", None)
         self.desk.end(trial.config["trial_id"], **outcome)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The Tune trial itself broke: a failure, not the end of the search."""
         reason = str(trial.get_error() or "the trial's process died").strip().splitlines()[-1]
         self.desk.end(trial.config["trial_id"], "failed", reason)
-
-    def post_stops(self) -> None:
-        """Put every stop of the desk on the board."""
-        for trial in self.desk.state.running:
-            if trial.stop_reason is not None:
-                self.board.stop.remote(trial.trial_id)
 
 
 def run(
@@ -131,6 +191,7 @@ def run(
     cache: Path,
     *,
     address: str | None = None,
+    cold: bool = False,
     on_stage: OnStage = lambda stage, fraction: None,
 ) -> Desk:
     """The desk of the search when it has ended, finished or interrupted.
@@ -141,7 +202,8 @@ def run(
             events is resumed.
         cache: absolute folder of token shards, on such storage too.
         address: Ray cluster; a local one is started when None and no job gave one.
-        on_stage: told what is being waited for.
+        cold: whether every trial gets workers of its own, started for it.
+        on_stage: told what is being waited for before the first trial.
 
     Raises:
         InputError: storage, corpus or cluster are not usable.
@@ -160,7 +222,7 @@ def run(
                     unique_tokens=unique_tokens,
                 )
             )
-        desk = Desk(space, journal, capacity)
+        desk = Desk(space, journal, capacity, warm=not cold)
         if not is_new:
             desk.resume()
         desk.close(drive(desk, cache))
@@ -171,9 +233,9 @@ def drive(desk: Desk, cache: Path) -> str:
     """Run trials until the desk has no more; the reason why it ended."""
     os.environ.update(ENVIRONMENT)
     folder = desk.journal.path.parent
-    board = StopBoard.remote()  # type: ignore[attr-defined]
-    searcher = DeskSearcher(desk, {"folder": str(folder), "cache": str(cache), "board": board})
-    scheduler = DeskScheduler(desk, board)
+    hosts = Hosts(Exchange.remote(), folder, cache)  # type: ignore[attr-defined]
+    turn = Turn(desk, hosts)
+    searcher, scheduler = DeskSearcher(desk, hosts, turn), DeskScheduler(desk, turn)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -186,19 +248,21 @@ def drive(desk: Desk, cache: Path) -> str:
             callbacks=[],
         ),
     )
-    with interruptible(scheduler):
+    with interruptible(turn):
         tuner.fit()
+        desk.let_gangs_go()
+        hosts.settle(desk, LAST_GANGS_SECONDS)
     return searcher.finished
 
 
 @contextmanager
-def interruptible(scheduler: DeskScheduler) -> Iterator[None]:
+def interruptible(turn: Turn) -> Iterator[None]:
     """The first Ctrl-C asks all trials to end at their next report, the second ends at once."""
 
     def on_signal(number: int, frame: object) -> None:
-        if scheduler.interrupt_asked:
+        if turn.interrupt_asked:
             raise KeyboardInterrupt
-        scheduler.interrupt_asked = True  # acted on from Tune's loop, not from inside a write
+        turn.interrupt_asked = True  # acted on from Tune's loop, not from inside a write
 
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -241,7 +305,7 @@ def check_state_api() -> None:
     from ray.util.state import list_placement_groups
 
     try:
-        list_placement_groups(limit=1)
+        list_placement_groups(address=ray.get_runtime_context().gcs_address, limit=1)
     except Exception as error:  # ray raises many kinds here, all mean the same to us
         raise InputError(
             "Ray's State API does not answer, and without it stopped trials keep their resources; "

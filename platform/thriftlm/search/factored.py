@@ -10,8 +10,9 @@ The searcher is fed with the events of the journal and nothing else, so that the
 the same decisions, also when it is replayed.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from thriftlm.search.space import Space
 from thriftlm.search.standing import Record, Standing
 from thriftlm.search.state import PAUSED, SearchState, TrialState
 from thriftlm.search.system_model import Fact, SystemModel
-from thriftlm.spec import Progress
+from thriftlm.spec import Progress, SystemSpec
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +75,13 @@ class Factored(Searcher):
         self.learned_from = 0
         self.data: tuple[NDArray[np.intp], Points] | None = None
         self.posterior: tuple[NDArray[np.intp], Posterior] | None = None
+        self.restrict(lambda system: True)
         self._budget_tokens()
+
+    def restrict(self, fits: Callable[[SystemSpec], bool]) -> None:
+        """Propose nothing on systems that the cluster never holds."""
+        self.fits = np.array([fits(system) for system in self.menu.specs])
+        self.runs_somewhere = self.menu.runs_on_any(self.fits)
 
     # --- what happened ----------------------------------------------------------------------------
 
@@ -195,6 +202,10 @@ class Factored(Searcher):
         if trial.tokens < self.targets[trial.trial_id]:
             return None
         return f"{PAUSED} at {trial.tokens} tokens"
+
+    def pauses_at(self, trial: TrialState) -> int | None:
+        """The rung, or the end, where its budget buys no more."""
+        return math.ceil(self.targets[trial.trial_id])
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
@@ -333,7 +344,7 @@ class Factored(Searcher):
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
         taken = (self.standing.trials > 0) | self.standing.is_known
-        left = np.flatnonzero(~taken & self.menu.runs_somewhere)
+        left = np.flatnonzero(~taken & self.runs_somewhere)
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
@@ -394,7 +405,7 @@ class Factored(Searcher):
 
     def _prices(self, recipe: int) -> Floats:
         """Dollars to the first rung, expected failures included (S,); infinite where it can't."""
-        allowed = self.menu.allowed(recipe).copy()
+        allowed = self.menu.allowed(recipe) & self.fits
         for trial_id in self.trials_of[recipe]:
             if trial_id in self.failed:
                 allowed[self.places[trial_id][1]] = False

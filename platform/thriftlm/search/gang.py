@@ -1,9 +1,11 @@
-"""One trial on Ray: a Tune function trial that runs a Ray Train gang.
+"""Trials and gangs on Ray: a Tune function trial hands its run to a live Ray Train gang.
 
-The trial itself asks for no CPU, only for the head node's marker, so that drivers cannot starve
-the workers they wait for.
+A gang is one run of Ray Train whose workers train one trial after another. Neither trials nor the
+hosts of gangs ask for a CPU, only for the head node's marker, so that they cannot starve the
+workers they wait for.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -17,14 +19,19 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from thriftlm import catalog
-from thriftlm.search.worker import train_on_worker
-from thriftlm.spec import InputError, Measurement, Progress, RunSpec, SystemSpec
+from thriftlm.search.exchange import Outcome
+from thriftlm.search.worker import serve
+from thriftlm.spec import InputError, SystemSpec
 
-TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
+TRIAL_RESOURCES = tune.PlacementGroupFactory([ON_THE_HEAD])
 """What a Tune trial itself holds; its workers hold the gang's resources."""
+JOB = ("run", "trial_id", "known_tokens", "until_tokens", "folder")
+"""What of a trial's configuration its workers are told."""
+LOST: Outcome = {"status": "lost", "reason": "its gang was gone", "checkpoint": None, "broke": ""}
+"""How a trial ends that has to wait for another gang."""
 OUTCOME = "outcome"
 """Key of the last result of a Tune trial."""
 LOSSES = 3
@@ -59,84 +66,85 @@ it. Measured on two cores: 28% more tokens per second in a small trial.
 """
 
 
-class Hearing(TuneReportCallback):
-    """Passes reports on to Tune, and notes on the board which have arrived."""
-
-    def __init__(self, board: Any, trial_id: str) -> None:
-        super().__init__()
-        self.board, self.trial_id = board, trial_id
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        """Called in the gang's controller for each report of all its workers."""
-        super().after_report(run_context, metrics, checkpoint)
-        tokens = Progress.model_validate_json(metrics[0]["progress"]).tokens
-        self.board.note_heard.remote(self.trial_id, tokens)
-
-
 def run_trial(config: dict[str, Any]) -> None:
-    """The Tune function trial: runs the gang and reports how it ended.
-
-    A gang that lost a worker starts again from the trial's last good checkpoint; the trial keeps
-    its allocation meanwhile. Running out of memory is a result, and never tried again.
+    """The Tune function trial: has its gang run it, passes reports on, and says how it ended.
 
     Args:
-        config: `run` (RunSpec as JSON), `trial_id`, `known_tokens` (up to which the journal has its
-            curve), `folder` (of the search), `cache` (of shards) and `board` (the stop board).
+        config: `exchange` (the actor), `gang` (its name), `host` (a list of what `hold` of it
+            returns), `is_warm` (whether the gang outlives the trial) and what `worker.train_one`
+            wants to know.
+    """
+    exchange, gang = config["exchange"], config["gang"]
+    (host,) = config["host"]
+    job = {name: config[name] for name in JOB}
+    outcome: Outcome = LOST
+    if ray.get(exchange.begin.remote(gang, job)):
+        if not config["is_warm"]:
+            exchange.dismiss.remote(gang)
+        outcome = listen(exchange, config["trial_id"], host)
+    lives = config["is_warm"] and outcome.get("broke") is None
+    if not lives:
+        ray.wait([host])  # it is paid for until its workers are gone
+    tune.report({OUTCOME: json.dumps(outcome | {"gang_lives": lives})})  # Tune flattens mappings
+
+
+def listen(exchange: Any, trial_id: str, host: Any) -> Outcome:
+    """How a trial ended; its reports are passed on to Tune as they come."""
+    while True:
+        news = exchange.news.remote(trial_id)
+        ready, _ = ray.wait([news, host])
+        if news not in ready:
+            return LOST
+        for one in ray.get(news):
+            if "outcome" in one:
+                outcome: Outcome = one["outcome"]
+                return outcome
+            tune.report(one)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def hold(gang: str, system: SystemSpec, exchange: Any, folder: str, cache: str) -> None:
+    """Run a gang until it is dismissed; Ray Train's controller, and what watches over it.
+
+    A gang that lost a worker starts again and its trial goes on from its last good checkpoint; the
+    trial keeps its allocation meanwhile. Running out of memory is a result, and never tried again.
     """
     os.environ.update(TRAIN_ENVIRONMENT)
-    board, trial_id = config["board"], config["trial_id"]
+    config = {"exchange": exchange, "gang": gang, "cache": cache, "first": 0, "starts_lost": 0}
     failures: list[TrainingFailedError] = []
-    while True:
-        heard = ray.get(board.heard_tokens.remote(trial_id))
-        known = config | {"known_tokens": max(config["known_tokens"], heard)}
+    for start in itertools.count():
         try:
-            measured = run_gang(known, len(failures))
+            trainer(f"{gang}-{start}", system, folder, config).fit()
+            return
         except TrainingFailedError as error:
-            failures.append(error)
-            outcome = failure(error, ray.get(board.memory_note.remote(trial_id)))
+            broken = ray.get(exchange.broke.remote(gang))
+            if broken is None:
+                return
+            number, memory_note = broken
+            failures = [*failures, error] if number == config["first"] else [error]
+            outcome = failure(error, memory_note)
             if outcome["status"] != "failed" or not is_worth_retrying(failures):
-                break
-        else:
-            outcome = success(measured, len(failures))
-            break
-    tune.report({OUTCOME: json.dumps(outcome)})  # Tune flattens mappings
+                ray.get(exchange.ended.remote(gang, outcome))
+                return
+            config |= {"first": number, "starts_lost": len(failures)}
 
 
-def run_gang(config: dict[str, Any], number: int) -> Measurement:
-    """What one start of a trial's gang measured; `number` counts its starts.
-
-    Raises:
-        TrainingFailedError: of Ray Train, a worker died or raised.
-    """
-    spec = RunSpec.model_validate_json(config["run"])
-    trainer = TorchTrainer(
-        train_on_worker,
+def trainer(name: str, system: SystemSpec, folder: str, config: dict[str, Any]) -> TorchTrainer:
+    """Ray Train's run of one gang, with as many workers as the system has."""
+    return TorchTrainer(
+        serve,
         train_loop_config=config,
-        scaling_config=scaling(spec.system),
+        scaling_config=scaling(system),
         # As `ranks` makes it: on a GPU gloo stands beside NCCL, for what lies in host memory.
-        torch_config=TorchConfig(
-            backend="gloo" if spec.system.gpu == "cpu" else "cpu:gloo,cuda:nccl"
-        ),
+        torch_config=TorchConfig(backend="gloo" if system.gpu == "cpu" else "cpu:gloo,cuda:nccl"),
         run_config=ray_train.RunConfig(
-            name=f"{config['trial_id']}-{tune.get_context().get_trial_id()}-{number}",
-            storage_path=str(Path(config["folder"]) / "ray"),
-            callbacks=[Hearing(config["board"], config["trial_id"])],
+            name=name,
+            storage_path=str(Path(folder) / "ray"),
             # Ray counts failures of every kind alike; `is_worth_retrying` tells them apart.
             failure_config=ray_train.FailureConfig(max_failures=0, controller_failure_limit=2),
-            worker_runtime_env=worker_runtime_env(spec.system),
+            worker_runtime_env=worker_runtime_env(system),
         ),
     )
-    return Measurement.model_validate_json(trainer.fit().return_value)
-
-
-def success(measured: Measurement, starts_lost: int) -> dict[str, str | None]:
-    """How a gang that came to an end of its own is recorded."""
-    reason = measured.final.detail
-    if starts_lost:
-        reason = f"{reason} (a worker was lost {starts_lost} time(s), the trial went on)".strip()
-    return {"status": measured.status, "reason": reason, "checkpoint": measured.checkpoint}
 
 
 def is_worth_retrying(failures: Sequence[TrainingFailedError]) -> bool:
@@ -166,15 +174,16 @@ def worker_runtime_env(system: SystemSpec) -> dict[str, Any]:
     return {"env_vars": CPU_WORKER_ENVIRONMENT} if system.gpu == "cpu" else {}
 
 
-def failure(error: TrainingFailedError, memory_note: str | None) -> dict[str, str | None]:
+def failure(error: TrainingFailedError, memory_note: str | None) -> Outcome:
     """How a gang that broke is recorded: out of memory is a result, anything else a failure."""
     text = str(error)
     if memory_note is None and "ray.exceptions.OutOfMemoryError" in text:
         memory_note = "out of memory on a node: Ray ended a worker"
     if memory_note is not None:
-        return {"status": "oom", "reason": memory_note, "checkpoint": None}
+        return {"status": "oom", "reason": memory_note, "checkpoint": None, "broke": text}
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return {"status": "failed", "reason": lines[-1] if lines else repr(error), "checkpoint": None}
+    reason = lines[-1] if lines else repr(error)
+    return {"status": "failed", "reason": reason, "checkpoint": None, "broke": text}
 
 
 def scaling(system: SystemSpec) -> ray_train.ScalingConfig:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status
+from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
 
 JOURNAL_VERSION = 1
 
@@ -69,6 +69,8 @@ class Allocated(Event):
     """Price of everything billed for it."""
     price: str
     """Cloud, region, market, instance and date of that price."""
+    gang: str | None = None
+    """The gang that runs it, where gangs outlive their trials; a waiting one is no longer idle."""
 
 
 class Reported(Event):
@@ -96,6 +98,24 @@ class Released(Event):
     usd: float
     preempted: bool = False
     """Whether the market took them back; the trial goes on from its last checkpoint."""
+
+
+class Idle(Event):
+    """A gang has released its trial and waits for the next; it is billed as if it had one."""
+
+    kind: Literal["idle"] = "idle"
+    gang: str
+    system: SystemSpec
+    """Of its last trial."""
+    usd_per_hour: float
+
+
+class Dismissed(Event):
+    """A gang that waited has ended. What it cost idle runs from `Idle` to here."""
+
+    kind: Literal["dismissed"] = "dismissed"
+    gang: str
+    usd: float
 
 
 class Ended(Event):
@@ -134,6 +154,8 @@ AnyEvent = Annotated[
     | Reported
     | StopRequested
     | Released
+    | Idle
+    | Dismissed
     | Ended
     | RunMinted
     | SearchEnded,

@@ -62,7 +62,8 @@ def _of_memory(space: Space, trials: Sequence[TrialState]) -> str:
     if np.isfinite(need):
         said = f"out of memory: the smallest need, by estimate, was {need:.3g} GB per GPU ({where})"
     if np.isfinite(room):
-        said += f", which has {room:.3g} GB" + ("; it needs more than estimated" * bool(need <= room))
+        said += f", which has {room:.3g} GB"
+        said += "; it needs more than estimated" if need <= room else ""
     return f"{said}; try {', '.join(_ways_to_fit(system))} or a smaller model"
 
 

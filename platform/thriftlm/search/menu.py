@@ -77,10 +77,9 @@ class Menu:
         self.refused[self.shape_of[recipe], system] = True
         return None
 
-    @cached_property
-    def runs_somewhere(self) -> NDArray[np.bool_]:
-        """Whether there is a system for a recipe, as far as was known at the beginning (R,)."""
-        able = self.runs_on[self.shape_of]
+    def runs_on_any(self, systems: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether some of the systems (S,) takes a recipe, by what is known beforehand (R,)."""
+        able = self.runs_on[self.shape_of] & systems
         return np.asarray((able if self.pairs is None else able & self.pairs).any(axis=1))
 
     @cached_property

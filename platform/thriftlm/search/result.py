@@ -65,7 +65,9 @@ class SearchResult(Spec):
     reason: str
     """Why the search ended."""
     spent_usd: float
-    """Sum of the ledger: every allocation from start to release."""
+    """Sum of the ledger: every allocation from start to release, and `idle_usd`."""
+    idle_usd: float = 0.0
+    """What gangs cost while they waited for their next trial."""
     budget_usd: float | None
     """Cap of the search."""
     hours: float
@@ -89,6 +91,7 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         status=state.ended.status if state.ended else "running",
         reason=state.ended.reason if state.ended else "",
         spent_usd=state.spent_usd(now),
+        idle_usd=state.idle_usd(now),
         budget_usd=space.search_budget.usd,
         hours=state.hours(now),
         best=best(state.trials[order[0]], scores[order[0]]) if order else None,

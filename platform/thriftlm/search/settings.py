@@ -18,10 +18,11 @@ from thriftlm_models.counts import (
 Usd = PositiveFloat
 Hours = PositiveFloat
 
-SCHEDULERS: dict[str, tuple[Literal["none", "asha"], ...]] = {
-    "random": ("asha", "none"),
-    "optuna": ("asha", "none"),
-    "grid": ("none", "asha"),
+Scheduler = Literal["none", "asha", "hyperband"]
+SCHEDULERS: dict[str, tuple[Scheduler, ...]] = {
+    "random": ("asha", "hyperband", "none"),
+    "optuna": ("asha", "hyperband", "none"),
+    "grid": ("none", "asha", "hyperband"),
     "factored": ("none",),
 }
 """Valid schedulers of each algorithm; `auto` picks the first."""
@@ -117,9 +118,9 @@ class Fidelity(Spec):
     max_tokens: PositiveInt
     """Tokens of a trial that is never stopped, the horizon of its learning rate."""
     min_tokens: PositiveInt = Field(default_factory=lambda given: max(1, given["max_tokens"] // 9))
-    """Tokens before asha may stop a trial; a ninth of `max_tokens` when not given."""
+    """Tokens before a trial may be stopped; a ninth of `max_tokens` when not given."""
     factor: int = Field(default=3, ge=2)
-    """Ratio of successive rungs; asha keeps one trial in `factor`."""
+    """Ratio of successive rungs; asha and hyperband keep one trial in `factor`."""
     report_every_tokens: PositiveInt = Field(
         default_factory=lambda given: max(1, min(given["min_tokens"], given["max_tokens"] // 8))
     )
@@ -139,7 +140,7 @@ class Fidelity(Spec):
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Tokens at which asha compares trials: min_tokens x factor^k below max_tokens."""
+        """Tokens at which trials are compared: min_tokens x factor^k below max_tokens."""
         found, tokens = [], self.min_tokens
         while tokens < self.max_tokens:
             found.append(tokens)
@@ -152,7 +153,7 @@ class SearchSettings(Spec):
 
     algorithm: Literal["random", "grid", "optuna", "factored"] = "optuna"
     """Who proposes trials."""
-    scheduler: Literal["auto", "none", "asha"] = "auto"
+    scheduler: Literal["auto"] | Scheduler = "auto"
     """Who stops trials early."""
     seed: NonNegativeInt = 0
     """Seed of proposals and of every trial."""
@@ -182,7 +183,7 @@ class SearchSettings(Spec):
         return value
 
     @property
-    def resolved_scheduler(self) -> Literal["none", "asha"]:
+    def resolved_scheduler(self) -> Scheduler:
         """The scheduler, with `auto` resolved by what fits the algorithm."""
         return SCHEDULERS[self.algorithm][0] if self.scheduler == "auto" else self.scheduler
 

@@ -250,9 +250,9 @@ class Space:
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant."""
         search, found = self.search, []
-        if self.scheduler == "asha" and not search.fidelity.rungs:
+        if self.scheduler != "none" and not search.fidelity.rungs:
             found.append(
-                "asha stops nothing: min_tokens is not below max_tokens "
+                f"{self.scheduler} stops nothing: min_tokens is not below max_tokens "
                 f"({search.fidelity.min_tokens})"
             )
         on_cpu = any(system.gpu == "cpu" for system in self.systems())

@@ -7,8 +7,10 @@ from typing import Any
 
 from thriftlm.search.journal import (
     Allocated,
+    Dismissed,
     Ended,
     Event,
+    Idle,
     Released,
     Reported,
     RunMinted,
@@ -18,7 +20,7 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.spec import Progress, RunSpec
+from thriftlm.spec import Progress, RunSpec, SystemSpec
 
 PAUSED = "paused"
 """How the reason of a stop begins after which a trial may go on."""
@@ -38,6 +40,15 @@ class Allocation:
         return self.usd_per_hour * max(0.0, until - self.since) / 3600  # clocks can be set back
 
 
+@dataclass(frozen=True)
+class IdleGang:
+    """A gang that waits for its next trial."""
+
+    gang: str
+    system: SystemSpec
+    held: Allocation
+
+
 @dataclass
 class TrialState:
     """One trial as the journal tells it."""
@@ -50,6 +61,7 @@ class TrialState:
     reported_at: list[float] = field(default_factory=list)  # within the last allocation
     longest_interval: float | None = None  # seconds between two of those reports
     allocations: list[Allocation] = field(default_factory=list)
+    gang: str | None = None
     stop_reason: str | None = None
     status: str | None = None
     reason: str = ""
@@ -105,6 +117,9 @@ class SearchState:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.trials: dict[str, TrialState] = {}
+        self.idle: dict[str, IdleGang] = {}
+        self.idle_before_usd = 0.0
+        self.gangs = 0
         self.started: SearchStarted | None = None
         self.ended: SearchEnded | None = None
         self.hours_before = 0.0
@@ -127,8 +142,13 @@ class SearchState:
             self.last_at = event.at
 
     def spent_usd(self, now: float) -> float:
-        """Dollars of all allocations so far."""
-        return self._released_usd + sum(t.allocations[-1].usd(now) for t in self._running.values())
+        """Dollars of all allocations so far, and of gangs while they had no trial."""
+        running = sum(trial.allocations[-1].usd(now) for trial in self._running.values())
+        return self._released_usd + running + self.idle_usd(now)
+
+    def idle_usd(self, now: float) -> float:
+        """Dollars that gangs cost while they waited."""
+        return self.idle_before_usd + sum(gang.held.usd(now) for gang in self.idle.values())
 
     def hours(self, now: float) -> float:
         """Wall-clock hours that drivers of this search have run."""
@@ -187,9 +207,25 @@ class SearchState:
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
-        trial.reported_at, trial.longest_interval = [], None
+        trial.reported_at, trial.longest_interval, trial.gang = [], None, event.gang
         trial.stop_reason = None
         self._place(trial)
+        if event.gang is not None:
+            self.gangs += event.gang not in self.idle
+            self._end_idle(event.gang, event.at)
+
+    @_apply.register
+    def _(self, event: Idle) -> None:
+        held = Allocation(event.usd_per_hour, event.at)
+        self.idle[event.gang] = IdleGang(event.gang, event.system, held)
+
+    @_apply.register
+    def _(self, event: Dismissed) -> None:
+        self._end_idle(event.gang, event.at)
+
+    def _end_idle(self, gang: str, at: float) -> None:
+        if (waited := self.idle.pop(gang, None)) is not None:
+            self.idle_before_usd += waited.held.usd(at)
 
     @_apply.register
     def _(self, event: Reported) -> None:

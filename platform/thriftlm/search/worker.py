@@ -1,8 +1,6 @@
-"""The worker of a gang, and how decisions reach it.
+"""The worker of a gang: trains its rank of one trial after another.
 
-Apart from `gang`, so that a worker process need not import Tune. Decisions come through one small
-actor, the stop board: it is asked at each report, so that a stop is cooperative, the checkpoint is
-written and the placement group is released by the run that made it.
+Apart from `gang`, so that a worker process need not import Tune.
 """
 
 from pathlib import Path
@@ -11,84 +9,83 @@ from typing import Any
 import ray
 from ray import train as ray_train
 
-from thriftlm.spec import Progress, RunSpec
+from thriftlm.spec import Measurement, Progress, RunSpec
 
-BOARD_PATIENCE_SECONDS = 30.0
-
-
-@ray.remote(num_cpus=0, max_concurrency=64)
-class StopBoard:
-    """Which trials must end at their next report, what was heard of them, and who lacked memory."""
-
-    def __init__(self) -> None:
-        self.stopping: set[str] = set()
-        self.memory: dict[str, str] = {}
-        self.tokens: dict[str, int] = {}
-
-    def stop(self, trial_id: str) -> None:
-        """Ask a trial to end."""
-        self.stopping.add(trial_id)
-
-    def clear(self, trial_id: str) -> None:
-        """Forget what was said of a trial, before it starts again."""
-        self.stopping.discard(trial_id)
-        self.memory.pop(trial_id, None)
-        self.tokens.pop(trial_id, None)
-
-    def is_stopping(self, trial_id: str) -> bool:
-        """Whether a trial was asked to end."""
-        return trial_id in self.stopping
-
-    def note_memory(self, trial_id: str, reason: str) -> None:
-        """Record that a rank ran out of memory and cannot say so through its peers."""
-        self.memory[trial_id] = reason
-
-    def note_heard(self, trial_id: str, tokens: int) -> None:
-        """Record that a report has reached Tune."""
-        self.tokens[trial_id] = tokens
-
-    def heard_tokens(self, trial_id: str) -> int:
-        """Tokens of the last report of a trial that reached Tune in this session."""
-        return self.tokens.get(trial_id, 0)
-
-    def memory_note(self, trial_id: str) -> str | None:
-        """What a rank recorded."""
-        return self.memory.get(trial_id)
+EXCHANGE_PATIENCE_SECONDS = 30.0
 
 
-def train_on_worker(config: dict[str, Any]) -> str:
-    """The Ray Train worker: trains its rank and returns the measurement as JSON."""
+def serve(config: dict[str, Any]) -> None:
+    """The Ray Train worker: runs the jobs of its gang until that is dismissed.
+
+    Args:
+        config: `exchange` (the actor), `gang`, `cache` (of shards), `first` (number of its first
+            job) and `starts_lost` (how often gangs were lost in that job).
+    """
+    from thriftlm.training.consecutive import between_runs
+
+    exchange, number = config["exchange"], config["first"]
+    rank = ray_train.get_context().get_world_rank()
+    while (job := ray.get(exchange.job.remote(config["gang"], number))) is not None:
+        measured = train_one(job, exchange, Path(config["cache"]), rank)
+        if rank == 0:
+            starts_lost = config["starts_lost"] if number == config["first"] else 0
+            ray.get(exchange.ended.remote(config["gang"], success(measured, starts_lost)))
+        del measured
+        between_runs()
+        number += 1
+
+
+def success(measured: Measurement, starts_lost: int) -> dict[str, str | None]:
+    """How a trial that came to an end of its own is recorded."""
+    reason = measured.final.detail
+    if starts_lost:
+        reason = f"{reason} (a worker was lost {starts_lost} time(s), the trial went on)".strip()
+    return {"status": measured.status, "reason": reason, "checkpoint": measured.checkpoint}
+
+
+def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Measurement:
+    """Train one rank of a trial.
+
+    Args:
+        job: `run` (RunSpec as JSON), `trial_id`, `known_tokens` (up to which the journal has its
+            curve), `until_tokens` (at which it ends early, None for never) and `folder` (of the
+            search).
+        exchange: who hears of it.
+        cache: folder of token shards.
+        rank: of this worker.
+
+    Raises:
+        OutOfMemoryOnOneRankError: noted with the exchange; the launcher must end the other ranks.
+    """
     from thriftlm.training.loop import Decision, OutOfMemoryOnOneRankError, train
 
-    board, trial_id = config["board"], config["trial_id"]
-    origin = {"origin": f"{Path(config['folder']).name}/{trial_id}"}
-    spec = RunSpec.model_validate_json(config["run"]).model_copy(update=origin)
-    rank = ray_train.get_context().get_world_rank()
+    trial_id, until = job["trial_id"], job["until_tokens"]
+    origin = {"origin": f"{Path(job['folder']).name}/{trial_id}"}
+    spec = RunSpec.model_validate_json(job["run"]).model_copy(update=origin)
 
     def report(progress: Progress, written: Path | str | None) -> Decision:
-        if progress.tokens <= config["known_tokens"]:
+        if rank != 0 or progress.tokens <= job["known_tokens"]:
             return Decision.CONTINUE  # a resumed run reports its whole curve again
-        ray_train.report(
-            {
-                "progress": progress.model_dump_json(),
-                "checkpoint": str(written) if written else None,
-            }
+        told = exchange.report.remote(
+            trial_id,
+            progress.tokens,
+            progress.model_dump_json(),
+            str(written) if written else None,
         )
-        if rank != 0:
-            return Decision.CONTINUE
-        stopping = ray.get(board.is_stopping.remote(trial_id), timeout=BOARD_PATIENCE_SECONDS)
-        return Decision.STOP if stopping else Decision.CONTINUE
+        must_end = ray.get(told, timeout=EXCHANGE_PATIENCE_SECONDS)
+        is_there = until is not None and progress.tokens >= until
+        return Decision.STOP if must_end or is_there else Decision.CONTINUE
 
-    output = Path(config["folder"]) / "trials" / trial_id
     try:
-        measured = train(
+        return train(
             spec,
             report,
-            cache=Path(config["cache"]),
-            output=output,
+            cache=cache,
+            output=Path(job["folder"]) / "trials" / trial_id,
             go_on=True,
         )
     except OutOfMemoryOnOneRankError as error:
-        ray.get(board.note_memory.remote(trial_id, str(error)), timeout=BOARD_PATIENCE_SECONDS)
+        ray.get(
+            exchange.note_memory.remote(trial_id, str(error)), timeout=EXCHANGE_PATIENCE_SECONDS
+        )
         raise
-    return measured.model_dump_json()

@@ -214,7 +214,7 @@ class Factored(Searcher):
         paused = {recipe: trial_id for recipe, trial_id in at if may_go_on[recipe]}
         if not paused:
             return None
-        if winner := self._to_confirm(state, paused, is_last):
+        if winner := self._to_confirm(state, paused, is_last or not len(self._left())):
             return winner
         return self._promoted(state, paused)
 
@@ -343,8 +343,7 @@ class Factored(Searcher):
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
-        taken = (self.standing.trials > 0) | self.standing.is_known
-        left = np.flatnonzero(~taken & self.runs_somewhere)
+        left = self._left()
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
@@ -354,6 +353,11 @@ class Factored(Searcher):
                 system = self._system(int(recipe), rng)
             if run is not None and system is not None and run.trial_id not in state.trials:
                 yield Proposal(self.menu.point(int(recipe), system), run)
+
+    def _left(self) -> NDArray[np.intp]:
+        """Recipes that may be proposed: nothing is known of them, and no trial may still tell."""
+        taken = (self.standing.trials > 0) | self.standing.is_known
+        return np.flatnonzero(~taken & self.runs_somewhere)
 
     def _worth(self, candidates: NDArray[np.intp], state: SearchState) -> Floats:
         """Expected improvement over the leader per price, of each candidate."""

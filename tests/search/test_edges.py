@@ -57,7 +57,7 @@ def test_where_all_diverges_the_lowest_rate_is_named(command, algorithm):
     assert found["best_score"] is None
     how, why = found["learned"]
     assert how.startswith(f"{found['trials']} trials: ")
-    assert how.endswith(" diverged")
+    assert " diverged" in how  # some may still wait at a rung before it
     assert "the lowest learning rate that did was 0.0003" in why
     assert "warmup_fraction" in why
 

@@ -144,6 +144,49 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+TARGETS = {
+    "random": 10.0,
+    "optuna joint + ASHA": 6.0,
+    "expert, Optuna": 3.0,
+    "expert, Optuna + ASHA": 3.0,
+    "expert, our learner": 1 / 1.1,
+}
+"""Times the dollars of the factored search that a rival must need."""
+BY = 1.5
+"""Training budgets by which the factored search must be within the tolerance."""
+
+
+def targets(records: Sequence[dict[str, Any]]) -> str:
+    """What rivals need over what the factored search needs, medians; what misses is bold."""
+    lines = _head(["world", *TARGETS, "within 1% at"])
+    whole = [r for r in records if r["budgets"] > max(CHECKPOINTS)]
+    by = dict(_groups(whole))
+    for world in dict.fromkeys(r["world"] for r in whole):
+        ours, limit = _needed(by[world, "factored"])
+        cells = []
+        for arm, least in TARGETS.items():
+            theirs, most = _needed(by.get((world, arm), []))
+            if np.isinf(ours):
+                cells.append("**missed**")
+            elif np.isinf(theirs):
+                times = most / ours
+                cells.append(f"> {times:.2g}x" if times >= least else f"**> {times:.2g}x, open**")
+            else:
+                times = theirs / ours
+                cells.append(f"{times:.2g}x" if times >= least else f"**{times:.2g}x, missed**")
+        at = f"{ours:.2f} B" if np.isfinite(ours) else f"> {limit:g} B"
+        cells.append(at if ours <= BY else f"**{at}, missed**")
+        lines.append(f"| {' | '.join([world, *cells])} |")
+    return "\n".join(lines)
+
+
+def _needed(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Median training budgets to the tolerance, and how many the search had."""
+    if not records:
+        return float("nan"), float("nan")
+    return _quantile(np.sort([r["solved"] for r in records]), 0.5), records[0]["budgets"]
+
+
 def _head(heads: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
 
@@ -188,6 +231,8 @@ def main() -> None:
             print(*words, f"{record['solved']:.2f} {record['seconds']:.1f}s", file=sys.stderr)
             if given.json:
                 given.json.write_text(json.dumps(records))
+    if {r["arm"] for r in records} >= {"factored", *TARGETS}:
+        print(targets(records), end="\n\n")
     print(table(records))
 
 

@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from thriftlm.review import plan_command, planning_commands, report_command, simulate_command
+from thriftlm.review import (
+    plan_command,
+    planning_commands,
+    report_command,
+    searches_command,
+    simulate_command,
+)
 from thriftlm.review.data_command import data
 from thriftlm.review.options import Json, StorageOption
 
@@ -99,6 +105,15 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a search that was begun and interrupted.")
     ] = False,
+    earlier: Annotated[
+        list[str],
+        typer.Option(
+            "--from",
+            metavar="RUNS",
+            help="Begin with what an earlier search measured: its name, a file of recorded runs "
+            "(`report --runs`), or mlflow:EXPERIMENT. May be given several times.",
+        ),
+    ] = [],  # noqa: B006
     cold: Annotated[
         bool,
         typer.Option(
@@ -123,11 +138,14 @@ def search(
 
     place = storage_at(storage)
     found = load_space(space, overrides, measured_machine(place.root))
+    tracking = tracking_uri or place.tracking_uri
+    known = _taken_in(found, earlier, place, tracking)
     if dry_run:
         from thriftlm.planning.constants import in_use
         from thriftlm.review.dry_run import describe_space, show_space
 
         described = describe_space(found, in_use(place.root))
+        described["known"] = [one.summary() for one in known]
         emit(described) if as_json else show_space(described)
         return
     from thriftlm.review.session import Sitting
@@ -137,13 +155,25 @@ def search(
         source=space,
         storage=place,
         name=name or found.name,
-        tracking_uri=tracking_uri or place.tracking_uri,
+        tracking_uri=tracking,
         address=address,
         resume=resume,
         cold=cold,
         overrides=tuple(overrides),
+        known=tuple(one.known for one in known),
     )
+    for one in known:
+        print(one.sentence(), file=sys.stderr)
     sys.exit(_hold(sitting, as_json))
+
+
+def _taken_in(space: Any, earlier: list[str], place: Any, tracking_uri: str) -> list[Any]:
+    """What `--from` means to the space."""
+    if not earlier:
+        return []
+    from thriftlm.review.earlier_runs import taken_in
+
+    return taken_in(space, earlier, place, tracking_uri)
 
 
 def _hold(sitting: Any, as_json: bool) -> int:
@@ -166,6 +196,11 @@ def _hold(sitting: Any, as_json: bool) -> int:
     if found.status == "interrupted":
         return 130
     return 0 if found.best is not None else 1
+
+
+app.command()(searches_command.searches)
+app.command()(searches_command.status)
+app.command()(searches_command.stop)
 
 
 @app.command()

@@ -3,8 +3,8 @@
 Columns: `run_id`; one for each varied field, named by its path in the space (`model.n_layers`);
 `params` (stored, all), `tokens`, `loss` (nats per token), `tokens_per_s` (of all GPUs together),
 `usd_per_hour` (of everything billed), `status`. Ours have more, which other tables may lack:
-`non_embedding_params`, `decayed` and `warming_up` (of the learning rate at that report), and
-`unique_tokens` of the corpus.
+`non_embedding_params`, `decayed` and `warming_up` (of the learning rate at that report),
+`bits_per_byte`, `unique_tokens` of the corpus, and `run`, the whole RunSpec as JSON.
 """
 
 from collections.abc import Mapping, Sequence

@@ -280,6 +280,13 @@ class DollarRungs(Factored):
         return end * fidelity.min_tokens / fidelity.max_tokens
 
 
+class WithoutProbes(Factored):
+    """No system is timed for its own sake."""
+
+    def probe(self, state: SearchState) -> Proposal | None:
+        return None
+
+
 class WithoutConfirmation(Factored):
     """The winner is believed as it stands."""
 

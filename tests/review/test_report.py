@@ -157,6 +157,18 @@ def test_a_pipe_gets_everything(result: SearchResult, sitting: Sitting) -> None:
     assert "tok/s" in said(console)
 
 
+def test_a_winner_that_an_earlier_search_ran_is_marked_so(
+    result: SearchResult, sitting: Sitting
+) -> None:
+    assert result.best is not None
+    console = terminal(120)
+    best = result.best.model_copy(update={"source": "runs[1].parquet"})
+    known = result.trials[0].model_copy(update={"status": "known", "source": "runs[1].parquet"})
+    show(result.model_copy(update={"best": best, "trials": [known]}), sitting, console)
+    assert f"best: {best.trial_id} (known from runs[1].parquet, not run again)" in said(console)
+    assert "1 trials (1 known)" in said(console)
+
+
 def test_an_interrupted_search_says_how_to_go_on(result: SearchResult, sitting: Sitting) -> None:
     interrupted = result.model_copy(update={"status": "interrupted"})
     assert dict(next_commands(interrupted, sitting))["go on"] == (

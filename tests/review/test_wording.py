@@ -7,6 +7,7 @@ from thriftlm.review.wording import (
     describe,
     duration,
     limits,
+    seeded,
     shortened,
     stale_prices,
     usd,
@@ -25,6 +26,11 @@ POINT = {
 
 def test_a_trial_in_a_line() -> None:
     assert describe(POINT, "fsdp_full", 2) == "n_layers=4 none lr=0.00799 mb=16 fsdp_full x2"
+
+
+def test_a_repeat_says_its_seed() -> None:
+    assert seeded(POINT, 3, None) == POINT
+    assert describe(seeded(POINT, 3, "t"), "ddp", 2).endswith("mb=16 seed=3 ddp x2")
 
 
 def test_one_gpu_says_the_strategy_that_ran() -> None:

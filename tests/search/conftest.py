@@ -88,6 +88,7 @@ class Cluster:
     poll: float = 2.0
     gone: float = 3.0
     interrupt_at: float | None = None
+    stop_asked: object = lambda: False
     reason: str | None = None
 
     def __post_init__(self):
@@ -115,7 +116,7 @@ class Cluster:
     def turn(self):
         desk = self.desk
         due = self.interrupt_at is not None and self.clock.now >= self.interrupt_at
-        if due and not desk.interrupted:
+        if (due or self.stop_asked()) and not desk.interrupted:
             desk.interrupt()
             self.post_stops()
         if desk.check_budget():
@@ -222,6 +223,15 @@ class Lab:
     def run(self, desk, behave=lambda run: Behaviour(), **options):
         """The cluster, after the search has ended on it."""
         cluster = Cluster(desk, desk.clock, behave, **options)
+        cluster.run()
+        return cluster
+
+    def run_until(self, desk, stop_asked, ask_at=None, ask=None, **options):
+        """The cluster of a search whose driver looks for requests; one is made at `ask_at`."""
+        cluster = Cluster(desk, desk.clock, lambda run: Behaviour(), **options)
+        cluster.stop_asked = stop_asked
+        if ask is not None:
+            cluster.after(ask_at - desk.clock(), ask)
         cluster.run()
         return cluster
 

@@ -199,3 +199,30 @@ def test_kill_and_interrupt_then_resume_lose_nothing(tmp_path, corpus):
     assert released + found["idle_usd"] == pytest.approx(found["spent_usd"], rel=1e-12)
     minted = [event.trial_id for event in events if isinstance(event, RunMinted)]
     assert len(minted) == len(set(minted)) == 3
+
+
+@pytest.mark.slow
+def test_stop_from_another_process_ends_it_cleanly_and_resume_goes_on(tmp_path, corpus):
+    journal = tmp_path / "searches/quickstart/journal.jsonl"
+    driver = begin(tmp_path, corpus, *UNSTOPPED, trials=2)
+    events_when(driver, journal, lambda found: count(found, Reported) > 0)
+
+    def told(*words: str) -> dict:
+        base = [sys.executable, "-m", "thriftlm", *words, "--storage", str(tmp_path), "--json"]
+        done = subprocess.run(base, capture_output=True, text=True, check=True, timeout=120)
+        return json.loads(done.stdout)
+
+    seen = told("status", "quickstart")
+    assert (seen["status"], len(seen["running"])) == ("running", 1)
+    said = told("stop", "quickstart", "--wait")
+    assert (said["asked"], said["status"]) == (True, "interrupted")
+    out, stderr = driver.communicate(timeout=120)
+    assert driver.returncode == 130, stderr
+    assert json.loads(out)["status"] == "interrupted"
+    assert told("stop", "quickstart")["asked"] is False
+    (listed,) = told("searches")
+    assert (listed["name"], listed["status"]) == ("quickstart", "interrupted")
+
+    code, found, stderr = search(tmp_path, corpus, *UNSTOPPED, "--resume", trials=2)
+    assert code == 0, stderr
+    assert {trial["status"] for trial in found["trials"]} == {"done"}

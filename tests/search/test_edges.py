@@ -57,7 +57,8 @@ def test_where_all_diverges_the_lowest_rate_is_named(command, algorithm):
     assert found["best_score"] is None
     how, why = found["learned"]
     assert how.startswith(f"{found['trials']} trials: ")
-    assert " diverged" in how  # some may still wait at a rung before it
+    assert " diverged" in how
+    assert how.endswith(" diverged") or algorithm == "factored"  # which leaves some at a rung
     assert "the lowest learning rate that did was 0.0003" in why
     assert "warmup_fraction" in why
 

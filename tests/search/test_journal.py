@@ -12,8 +12,13 @@ import pytest
 from thriftlm.search.journal import (
     JOURNAL_VERSION,
     Allocated,
+    Dismissed,
     Ended,
+    Idle,
     Journal,
+    Known,
+    KnownRun,
+    Probed,
     Released,
     Reported,
     RunMinted,
@@ -25,6 +30,7 @@ from thriftlm.search.journal import (
     read,
 )
 from thriftlm.spec import InputError, Progress, RunSpec
+from thriftlm.timings import Timing
 
 STARTED = SearchStarted(
     search_id="s",
@@ -40,16 +46,35 @@ RUN = RunSpec(
 )
 EVERY_KIND = [
     STARTED,
+    Known(
+        source="ü.parquet",
+        runs=(
+            KnownRun(
+                run_id="1",
+                recipe_id="r",
+                n_params=3.0,
+                point={"optim.lr": 0.1 + 0.2},
+                trial_id="t0",
+                run=None,
+                usd_per_hour=1 / 3,
+                status="stopped",
+                reports=(),
+            ),
+        ),
+    ),
     SearchResumed(at=2.5),
     Suggested(
         trial_id="t", number=0, point={"optim.lr": 0.1 + 0.2, "system.compile": False}, run=RUN
     ),
-    Allocated(trial_id="t", usd_per_hour=1 / 3, price="aws c7i"),
+    Allocated(trial_id="t", usd_per_hour=1 / 3, price="aws c7i", gang="g"),
+    Idle(gang="g", system=RUN.system, usd_per_hour=1 / 3),
+    Dismissed(gang="g", usd=2e-9),
     Reported(
         trial_id="t",
         progress=Progress(status="running", step=1, tokens=8, val_loss=1e-17, detail="ü\n\u2028"),
         checkpoint="/ckpt",
     ),
+    Probed(trial_id="t", timing=Timing(system=RUN.system, status="oom", detail="no")),
     StopRequested(trial_id="t", reason="asha"),
     Released(trial_id="t", usd=2e-9),
     Ended(trial_id="t", status="failed", reason="broke"),

@@ -7,13 +7,13 @@ import pytest
 
 from thriftlm.planning.law import Curve
 from thriftlm.planning.scaling_laws import LossLaw, effective_tokens
+from thriftlm.search.comparison import score_all
 from thriftlm.search.objective import (
     Observation,
     curve_of,
     pareto_front,
     pooled_curves,
     rank,
-    score_all,
     tokens_at_budget,
 )
 from thriftlm.spec import Progress

@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from thriftlm.search.gang import LOSSES, is_worth_retrying
 from thriftlm.search.journal import Allocated, Ended, Released, Reported, Suggested, read
-from thriftlm.search.worker import success
+from thriftlm.search.worker import said_of_losses, success
 from thriftlm.spec import InputError, Measurement, Progress, SystemSpec
 from thriftlm.training.loop import Decision, train
 
@@ -81,8 +81,10 @@ def test_only_what_may_end_otherwise_is_tried_again(
 def test_a_trial_that_went_on_says_so():
     final = Progress(status="done", step=1, tokens=256)
     measured = Measurement(final=final, curve=(final,), checkpoint="step_00000001")
-    assert success(measured, 0)["reason"] == ""
-    assert success(measured, 2)["reason"] == "(a worker was lost 2 time(s), the trial went on)"
+    outcome = success(measured)
+    assert said_of_losses(outcome, 0)["reason"] == ""
+    lost = said_of_losses(outcome, 2)["reason"]
+    assert lost == "(a worker was lost 2 time(s), the trial went on)"
 
 
 def wait_for(enough: Callable[[], Any], process: subprocess.Popen[str]) -> Any:

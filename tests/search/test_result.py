@@ -119,8 +119,8 @@ def test_the_answer_of_a_replay_is_that_of_the_live_search(lab, tmp_path):
     live = {}
     end = desk.end
 
-    def watched(*arguments):
-        end(*arguments)
+    def watched(*arguments, **options):
+        end(*arguments, **options)
         live[len(desk.journal.events)] = answer(space, desk.state)[0]
 
     desk.end = watched

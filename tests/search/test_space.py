@@ -145,7 +145,7 @@ def test_scheduler_auto_fits_the_algorithm(write, algorithm, scheduler, resolved
         (4, "{trials: 8}", "{}", "search_budget needs at least one of usd, hours, trials"),
         (5, "random", "bayesian", "search.algorithm: "),
         (5, "random", "optima", "did you mean 'optuna'?"),
-        (5, "fid", "repeats: 3, fid", "search.repeats: repeats is 3: several seeds per point"),
+        (5, "fid", "repeats: 0, fid", "search.repeats: must be above 0, got 0"),
         (5, "1e6", "1e4", "min_tokens must not exceed max_tokens: 100000 > 10000"),
         (1, "tiny", "a/b", "name: "),
     ],
@@ -163,13 +163,14 @@ def test_bad_input_names_file_line_and_key(write, line, old, new, message):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("start_from: [{model: {n_layers: 2}}]", "start_from: start_from is not built yet"),
+        ("start_from: [{model: {layers: 2}}]", "start_from[0].model.layers: unknown key 'layers'"),
         ("constraints: {memory_fraction: 0.9}", "memory_fraction: must be a mapping of keys"),
         ("constraints: {parms: {max: 1e6}}", "constraints.parms: unknown key 'parms'; did you"),
         ("constraints: {params: {max: 1, min: 2}}", "min must not exceed max: 2 > 1"),
         ("constraints: {params: 5}", "constraints.params: must be a mapping of keys"),
         ("objective: cheapest", "objective: must be 'loss_at_budget', 'usd_to_loss'"),
         ("objective: weighted", "objective: weighted needs weights"),
+        ("objective: {usd_to_loss: -1}", "objective: must be above 0, got -1"),
         ("objective: {weighted: {speed: 1}}", "objective: unknown key 'speed'"),
     ],
 )

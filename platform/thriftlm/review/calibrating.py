@@ -96,7 +96,13 @@ def timed_trials(name: str, storage: Storage) -> list[tuple[RunSpec, float]]:
     path = storage.search(name) / "journal.jsonl"
     if not path.exists():
         raise InputError(f"no search '{name}' in {storage.root}; give its --storage, or its name")
-    measured = [(t.run, t.tokens_per_s()) for t in SearchState(read(path)).trials.values()]
+    trials = SearchState(read(path)).trials.values()
+    measured = [(trial.run, trial.tokens_per_s()) for trial in trials]
+    for trial in trials:  # what a probe timed has no run of its own
+        measured += [
+            (trial.run.model_copy(update={"system": timing.system}), timing.total_tokens_per_s)
+            for timing in trial.timings
+        ]
     return [(run, total) for run, total in measured if total is not None]
 
 

@@ -18,6 +18,7 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Known,
     Released,
     Reported,
     RunMinted,
@@ -122,12 +123,17 @@ class Drafts:
         self._attempts: dict[str, int] = {}
         self._ended: set[str] = set()
         self._version_tags: dict[str, str] = {}
+        self._knows = 0
 
     def add(self, event: Event) -> None:
         """Fold one journal event."""
         match event:
             case SearchStarted():
                 self._start(event)
+            case Known():
+                self._knows += 1
+                told = f"{len(event.runs)} runs of {event.source}"
+                self._draft(None, event.at).tags[f"known.{self._knows}"] = told
             case SearchResumed():
                 self._resume(event)
             case Suggested():

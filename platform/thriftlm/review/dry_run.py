@@ -239,5 +239,7 @@ def show_space(found: dict[str, Any]) -> None:
         console.print(f"  {kind.replace('_', ' ')}: {limits(found[kind])}")
     for line in memory_lines(found["estimated"]):
         console.print(f"  {line}", soft_wrap=True)
+    for line in found.get("known", ()):
+        console.print(f"  {line['sentence']}", soft_wrap=True, markup=False)
     for warning in found["warnings"]:
         console.print(f"  [yellow]warning: {escape(warning)}[/]", soft_wrap=True)

@@ -18,6 +18,7 @@ from thriftlm.review.wording import (
     describe,
     duration,
     optional,
+    seeded,
     shortened,
     usd,
     why_ended,
@@ -26,6 +27,8 @@ from thriftlm.search.journal import (
     Allocated,
     Ended,
     Event,
+    Known,
+    Probed,
     Reported,
     SearchEnded,
     SearchResumed,
@@ -34,6 +37,7 @@ from thriftlm.search.journal import (
 )
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
+from thriftlm.timings import Timing
 
 SHOWN_TRIALS = 16
 COLUMNS = (
@@ -101,10 +105,14 @@ class LiveView:
             case SearchStarted() | SearchResumed():
                 verb = "started" if isinstance(event, SearchStarted) else "resumed"
                 return f"search {verb}: {self.space.name}"
+            case Known(source=source, runs=runs):
+                return f"search knows {len(runs)} runs of {source}"
             case Allocated(trial_id=trial_id):
                 return f"{trial_id} start    {what(self.state.trials[trial_id])}"
             case Reported(trial_id=trial_id):
                 return f"{trial_id} report   {measured(self.state.trials[trial_id])}"
+            case Probed(trial_id=trial_id, timing=timing):
+                return f"{trial_id} timed    {timed(timing)}"
             case StopRequested(trial_id=trial_id, reason=reason):
                 return f"{trial_id} stop     {reason}"
             case Ended(trial_id=trial_id, status=status, reason=reason):
@@ -117,16 +125,20 @@ class LiveView:
     def render(self) -> RenderableType:
         """The table and the line below it."""
         now = time.time()
-        trials = sorted(self.state.trials.values(), key=lambda t: (t.has_ended, -t.number))
+        trials = sorted(self.own_trials(), key=lambda t: (t.has_ended, -t.number))
         rows = [cells(trial, now) for trial in trials[:SHOWN_TRIALS]]
         hidden = len(trials) - SHOWN_TRIALS
         more = [Text(f"... and {hidden} more that ended", style="dim")] if hidden > 0 else []
         table = fitted(COLUMNS, rows, self.console.width)
         return Group(table, *more, Text(self.summary(now), style="bold"))
 
+    def own_trials(self) -> list[TrialState]:
+        """Trials of this search, without those that others have run."""
+        return [trial for trial in self.state.trials.values() if not trial.is_only_known]
+
     def summary(self, now: float) -> str:
         """Best so far, money and time left."""
-        trials, budget = self.state.trials.values(), self.space.search_budget
+        trials, budget = self.own_trials(), self.space.search_budget
         losses = [trial.loss for trial in trials if trial.loss is not None]
         spent = self.state.spent_usd(now)
         parts = [f"lowest loss {min(losses):.4f}" if losses else "no loss yet"]
@@ -142,7 +154,7 @@ class LiveView:
 
     def seconds_left(self, now: float) -> float | None:
         """Wall-clock seconds to the last trial at the pace so far; None before one has ended."""
-        ended = sum(trial.has_ended for trial in self.state.trials.values())
+        ended = sum(trial.has_ended for trial in self.own_trials())
         trials = self.space.search_budget.trials
         if not ended or trials is None:
             return None
@@ -151,7 +163,8 @@ class LiveView:
 
 def what(trial: TrialState) -> str:
     """What sets the trial apart."""
-    return describe(trial.point, trial.run.system.strategy, trial.run.system.n_gpus)
+    point = seeded(trial.point, trial.run.seed, trial.repeat_of)
+    return describe(point, trial.run.system.strategy, trial.run.system.n_gpus)
 
 
 def measured(trial: TrialState) -> str:
@@ -160,6 +173,15 @@ def measured(trial: TrialState) -> str:
     return (
         f"{trial.tokens:>12,} tokens  loss {loss}  {optional(trial.tokens_per_s(), ',.0f')} tok/s"
     )
+
+
+def timed(timing: Timing) -> str:
+    """A system that a probe has timed, and how fast it is."""
+    one = timing.system
+    named = f"{one.strategy} micro batch {one.micro_batch} {one.attention}"
+    if timing.total_tokens_per_s is None:
+        return f"{named}  {timing.status} {timing.detail}".rstrip()
+    return f"{named}  {timing.total_tokens_per_s:,.0f} tok/s"
 
 
 def progress(trial: TrialState) -> str:

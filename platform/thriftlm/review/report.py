@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from thriftlm.review.session import Sitting
+from thriftlm.review.sureness import sentences
 from thriftlm.review.tables import Column, fitted
 from thriftlm.review.wording import (
     describe,
     duration,
     limits,
     optional,
+    seeded,
     shortened,
     usd,
     why_ended,
@@ -56,6 +58,8 @@ def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
         console.print("\nno trial gave a loss that can be scored")
     else:
         show_best(result.best, sitting.space, console)
+        for sentence in sentences(result):
+            console.print(f"  - {sentence}", soft_wrap=True, markup=False)
     show_trials(result, console)
     console.print()
     for label, command in next_commands(result, sitting):
@@ -64,7 +68,8 @@ def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
 
 def show_best(best: Best, space: Space, console: Console) -> None:
     """Print the winner."""
-    console.print(f"\n[bold green]best: {best.trial_id}[/]")
+    known = "" if best.source is None else f" (known from {escape(best.source)}, not run again)"
+    console.print(f"\n[bold green]best: {best.trial_id}[/]{known}", soft_wrap=True)
     for name, value in best_lines(best, space):
         console.print(f"  {name:<8} {value}", soft_wrap=True, markup=False)
 
@@ -121,11 +126,12 @@ def show_trials(result: SearchResult, console: Console) -> None:
 def cells(row: TrialRow, on_front: bool) -> list[str]:
     """A trial's cells."""
     system = row.config["system"]
+    point = seeded(row.point, row.config["seed"], row.repeat_of)
     return [
         "*" if on_front else "",
         row.trial_id,
         why_ended(row.status, row.reason),
-        describe(row.point, system["strategy"], system["n_gpus"]),
+        describe(point, system["strategy"], system["n_gpus"]),
         f"{row.tokens:,}",
         optional(row.loss, ".4f"),
         optional(row.loss_at_budget, ".3f"),

@@ -8,7 +8,7 @@ from thriftlm.review.live import LiveView, what
 from thriftlm.review.pictures import PictureCurve, PicturePoint, curves_picture, pareto_picture
 from thriftlm.review.tracking import MlflowWriter
 from thriftlm.search import driver, result
-from thriftlm.search.journal import Journal, read
+from thriftlm.search.journal import Journal, Known, read
 from thriftlm.search.objective import Score
 from thriftlm.search.result import SearchResult
 from thriftlm.search.space import Space
@@ -35,6 +35,8 @@ class Sitting:
     """Whether every trial gets workers of its own, started for it."""
     overrides: tuple[str, ...] = ()
     """The `--set` of the command line, as they were given."""
+    known: tuple[Known, ...] = ()
+    """What the `--from` of the command line know."""
 
     @property
     def folder(self) -> Path:
@@ -66,6 +68,12 @@ def answered(sitting: Sitting) -> SearchResult | None:
             f"the name {sitting.name} belongs to another search (its space differs, see "
             f"{sitting.journal}); choose another with --name"
         )
+    begun_with = {event.source for event in read(sitting.journal) if isinstance(event, Known)}
+    if others := {one.source for one in sitting.known} - begun_with:
+        raise InputError(
+            f"search {sitting.name} was begun without --from {', '.join(sorted(others))}, and what "
+            "a search begins with cannot change; start another with --name"
+        )
     if state.ended is not None and state.ended.status == "finished":
         return result.answer(sitting.space, state)[0]
     if not sitting.resume:
@@ -95,16 +103,23 @@ def hold(sitting: Sitting, view: LiveView) -> SearchResult:
                 journal,
                 sitting.storage.data,
                 address=sitting.address,
+                known=sitting.known,
                 cold=sitting.cold,
                 on_stage=view.stage,
             )
             found, scores = result.write(sitting.folder, sitting.space, desk.state)
-            writer.scores({trial_id: numbers(score) for trial_id, score in scores.items()})
+            own = {key: score for key, score in scores.items() if not is_known(desk.state, key)}
+            writer.scores({trial_id: numbers(score) for trial_id, score in own.items()})
             files = draw(found, scores, desk.state, sitting)
             writer.finish(found.model_dump(mode="json"), files)
         finally:
             writer.close()
     return found
+
+
+def is_known(state: SearchState, trial_id: str) -> bool:
+    """Whether another search ran the trial, which tracking has under that one."""
+    return state.trials[trial_id].is_only_known
 
 
 def numbers(score: Score) -> dict[str, float]:

@@ -26,6 +26,11 @@ def describe(point: Mapping[str, Any], strategy: str, n_gpus: int) -> str:
     return " ".join([*varied, strategy, f"x{n_gpus}"])
 
 
+def seeded(point: Mapping[str, Any], seed: int, repeat_of: str | None) -> Mapping[str, Any]:
+    """A point with its seed where that sets the trial apart from the one that it repeats."""
+    return point if repeat_of is None else {**point, "seed": seed}
+
+
 def word(path: str, value: object) -> str:
     """One varied field of a trial."""
     if isinstance(value, str):

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import optuna
 
+from thriftlm.search.domains import contains
 from thriftlm.search.journal import Event
-from thriftlm.search.objective import rank
+from thriftlm.search.objective import Predicted, rank
 from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
-from thriftlm.spec import RunSpec, SystemSpec
+from thriftlm.spec import RunSpec, SystemSpec, digest, identity
 
 MAX_DRAWS = 2_000
 """Draws in a row without a new valid point after which a space counts as exhausted."""
@@ -31,6 +32,16 @@ class Proposal:
 
     point: Mapping[str, Any]
     run: RunSpec
+    systems: tuple[SystemSpec, ...] = ()
+    """What to time instead of training, where it is a probe."""
+
+    @property
+    def trial_id(self) -> str:
+        """Identity of the trial: a probe is another one than the run that it times."""
+        if not self.systems:
+            return self.run.trial_id
+        timed = [identity(system) for system in self.systems]
+        return digest({"probe": self.run.trial_id, "systems": timed})
 
 
 Algorithm = Callable[[Space, SearchState], Iterator[Proposal]]
@@ -73,6 +84,8 @@ class Searcher:
 
     pauses = False
     """Whether stopped trials may go on."""
+    predicts = False
+    """Whether `predicted` has an answer."""
 
     def __init__(self, space: Space, algorithm: Algorithm) -> None:
         self.space, self.algorithm = space, algorithm
@@ -86,6 +99,10 @@ class Searcher:
     def propose(self, state: SearchState) -> Iterator[Proposal]:
         """New trials, best first."""
         return self.algorithm(self.space, state)
+
+    def probe(self, state: SearchState) -> Proposal | None:
+        """Systems that are worth timing before anything else is done."""
+        return None
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial worth more than a new one; `is_last`: there can be no new one."""
@@ -102,7 +119,11 @@ class Searcher:
     def leader(self, state: SearchState) -> str | None:
         """The trial to answer with now."""
         scores = score_trials(self.space, state, state.trials.values(), samples=FEW_SAMPLES)
-        return next(iter(rank(scores)), None)
+        return next((t for t in rank(scores) if state.trials[t].repeat_of is None), None)
+
+    def predicted(self) -> Mapping[str, Predicted]:
+        """Its own predictions of the loss at budget by `configuration_of`, drawn jointly."""
+        return {}
 
 
 def started(space: Space) -> Searcher:
@@ -142,12 +163,19 @@ def _new(
         yield Proposal(point, run)
 
 
+def _is_inside(space: Space, trial: TrialState) -> bool:
+    domains = space.domains.items()
+    return all(contains(domain, trial.point[path]) for path, domain in domains)
+
+
 def _history(
     space: Space, state: SearchState, distributions: dict[str, Any]
 ) -> list[optuna.trial.FrozenTrial]:
     scores = score_trials(space, state, state.trials.values(), samples=FEW_SAMPLES)
     history = []
     for trial in state.trials.values():
+        if trial.number < len(space.starts) and not _is_inside(space, trial):
+            continue  # the user's own configuration, with values that the space does not have
         score = scores.get(trial.trial_id)
         values = None
         if score is not None:
@@ -158,7 +186,7 @@ def _history(
             continue
         history.append(
             optuna.trial.create_trial(
-                params=trial.point,
+                params={path: trial.point[path] for path in distributions},
                 distributions=distributions,
                 values=values,
                 state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from thriftlm.search.scoring import FEW_SAMPLES, score_trials
+from thriftlm.search.space import Space
+from thriftlm.search.state import SearchState, TrialState
+
 
 def rung_reached(rungs: Iterable[int], before: int, now: int) -> int | None:
     """The highest rung between two numbers of trained tokens, None when none was passed."""
@@ -50,3 +54,24 @@ def rungs_of(scheduler: str, number: int, rungs: Sequence[int], factor: int) -> 
         case "hyperband":
             return rungs[len(rungs) - bracket(number, len(rungs), factor) :]
     return ()
+
+
+def halving_reason(space: Space, state: SearchState, trial: TrialState) -> str | None:
+    """Why a trial must end after its last report, None where it goes on."""
+    fidelity = space.search.fidelity
+
+    def rungs(one: TrialState) -> Sequence[int]:
+        return rungs_of(space.scheduler, one.number, fidelity.rungs, fidelity.factor)
+
+    own, before = rungs(trial), trial.curve[-2].tokens if len(trial.curve) > 1 else 0
+    rung = rung_reached(own, before, trial.tokens)
+    if rung is None:
+        return None
+    trials = (t for t in state.trials.values() if t.repeat_of is None)
+    reached = [t for t in trials if t.tokens >= rung and rungs(t) == own]
+    scores = score_trials(space, state, reached, until_tokens=rung, samples=FEW_SAMPLES)
+    values = {trial_id: score.value for trial_id, score in scores.items()}
+    if trial.trial_id in values and not survives(trial.trial_id, values, fidelity.factor):
+        place = f"not in the top 1/{fidelity.factor} of {len(values)} at {rung} tokens"
+        return f"{space.scheduler}: {place}"
+    return None

@@ -19,6 +19,10 @@ FIRST_REPORT_SECONDS = 60.0
 """From allocation to the first report, before any trial has shown it: 8 to 20 s of start-up
 measured on two cores, and training."""
 
+MOST_KEPT, KEPT_MARGIN = 0.25, 1.3
+"""Share of the search budget that is kept for repeats at most, since a search that cannot look
+around has nothing worth repeating; and how much more than the first run a repeat may take."""
+
 FirstReport = Callable[[TrialState], float]
 """Seconds from allocation to the first report to expect of a trial."""
 
@@ -32,6 +36,8 @@ class Budget:
     trials: int | None = None
     first_report: FirstReport | None = None
     """Who knows it better than that the longest of all trials so far bounds it."""
+    repeats: int = 1
+    """Seeds of winner and runner-up for which dollars and hours are kept."""
 
     def refusal(
         self,
@@ -72,9 +78,10 @@ class Budget:
             for trial in state.running
         )
         reserved += sum(self._reserved_idle(state, now, gang) for gang in state.idle)
-        if state.spent_usd(now) + reserved + more_usd <= self.usd:
+        kept = self.kept(self.usd, state, lambda trial: trial.usd(now))
+        if state.spent_usd(now) + reserved + more_usd <= self.usd - kept:
             return None
-        return f"search budget of {self.usd:g} USD"
+        return f"search budget of {self.usd:g} USD{_less(kept)}"
 
     def _reserved_idle(self, state: SearchState, now: float, gang: str | None) -> float:
         """Dollars that a waiting gang may still cost until it is dismissed and has ended."""
@@ -85,9 +92,21 @@ class Budget:
         return held.usd_per_hour * seconds / 3600
 
     def _hours_passed(self, state: SearchState, now: float, seconds: float) -> str | None:
-        if self.hours is None or state.hours(now) + seconds / 3600 <= self.hours:
+        if self.hours is None:
             return None
-        return f"search budget of {self.hours:g} hours"
+        kept = self.kept(self.hours, state, lambda trial: trial.held_seconds(now) / 3600)
+        if state.hours(now) + seconds / 3600 <= self.hours - kept:
+            return None
+        return f"search budget of {self.hours:g} hours{_less(kept)}"
+
+    def kept(
+        self, limit: float, state: SearchState, of_trial: Callable[[TrialState], float]
+    ) -> float:
+        """Of a limit, what is kept for repeats: those of the dearest trial, at most a quarter."""
+        if self.repeats == 1:
+            return 0.0
+        dearest = max(map(of_trial, state.trials.values()), default=0.0)
+        return min(MOST_KEPT * limit, KEPT_MARGIN * 2 * (self.repeats - 1) * dearest)
 
     def reserve_seconds(self, state: SearchState, trial: TrialState, now: float) -> float:
         """Seconds from now until a running trial has ended when it is stopped as late as can be."""
@@ -114,6 +133,10 @@ class Budget:
         if trial.reported_at:
             return trial.reported_at[0] - trial.allocations[-1].since
         return self._to_first_report(state, trial)
+
+
+def _less(kept: float) -> str:
+    return f" less {kept:.3g} for repeats" if kept else ""
 
 
 def _last_sign(trial: TrialState) -> float:

@@ -88,6 +88,11 @@ class Posterior:
         variance = own + own[other] - 2 * self.covariance[:, other]
         return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
+    def draws(self, count: int, seed: int) -> Floats:
+        """Scores drawn together (count, R)."""
+        rng = np.random.default_rng(seed)
+        return rng.multivariate_normal(self.mean, self.covariance, count, method="eigh")
+
     def sd_within(self, group: NDArray[np.intp]) -> Floats:
         """Of the scores of a group against the group's mean: what all share decides nothing."""
         inside = self.covariance[np.ix_(group, group)]
@@ -183,6 +188,14 @@ def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
     x, y = log_n - np.log(3e8), log_d - np.log(1e10)
     exponents = [-law.alpha * x * share[:, 1], -law.beta * y * share[:, 2]]
     return np.column_stack([share, *exponents])
+
+
+def nearness(one: Features, other: Features) -> Floats:
+    """Weights (P, Q) by which recipes tell of each other's divergence: 1 for equal ones."""
+    distance = (one.u[:, None] - other.u[None, :]) ** 2
+    distance += (0.5 * (one.log_n[:, None] - other.log_n[None, :])) ** 2
+    distance += (one.words[:, None, :] != other.words[None, :, :]).sum(axis=2)
+    return np.asarray(np.exp(-2 * distance))
 
 
 def _alike(one: Features, other: Features) -> Floats:

@@ -3,7 +3,7 @@
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from graphlib import CycleError, TopologicalSorter
@@ -96,6 +96,13 @@ class Derivation:
     def names(self) -> frozenset[str]:
         """The derived fields."""
         return frozenset(name for name, _ in (*self.steps, *filter(None, (self.solve,))))
+
+    def without(self, names: Collection[str]) -> "Derivation":
+        """The same for a point that gives some of the derived fields itself."""
+        if self.names.isdisjoint(names):
+            return self
+        solve = None if self.solve is None or self.solve[0] in names else self.solve
+        return Derivation(tuple(step for step in self.steps if step[0] not in names), solve)
 
     @classmethod
     def of(cls, fields: Mapping[str, "Derived"]) -> "Derivation":

@@ -5,13 +5,14 @@ takes effect, and all of it can be replayed.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from thriftlm import prices
-from thriftlm.search import algorithms, lessons
-from thriftlm.search.asha import rung_reached, rungs_of, survives
+from thriftlm.search import algorithms, lessons, repeats
+from thriftlm.search.asha import halving_reason
 from thriftlm.search.budget import Budget, FirstReport
 from thriftlm.search.capacity import Capacity
 from thriftlm.search.gangs import Gangs
@@ -22,6 +23,7 @@ from thriftlm.search.journal import (
     Event,
     Idle,
     Journal,
+    Probed,
     Released,
     Reported,
     SearchEnded,
@@ -30,12 +32,15 @@ from thriftlm.search.journal import (
     Suggested,
 )
 from thriftlm.search.objective import Score
-from thriftlm.search.scoring import FEW_SAMPLES, score_trials
+from thriftlm.search.ranking import ranking
+from thriftlm.search.scoring import score_trials
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import Progress, RunSpec, Status
+from thriftlm.timings import Timing
 
 INTERRUPTED = "interrupted"
+REPEATED = "winner and runner-up were trained with other seeds"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,14 @@ class Desk:
         self.settings = space.search
         limits = space.search_budget
         self.budget = Budget(limits.usd, limits.hours, limits.trials, first_report)
+        self.exploring = repeats.exploring(limits, self.settings.repeats, first_report)
         self.algorithm = searcher(space)
+        found = [(start, space.resolve(start.point, space.search.seed)) for start in space.starts]
+        self.starts = [
+            algorithms.Proposal(start.point, run)
+            for start, run in found
+            if isinstance(run, RunSpec) and capacity.can_ever_hold(run.system)
+        ]
         self.algorithm.restrict(capacity.can_ever_hold)
         for event in journal.events:
             self.algorithm.observe(event)
@@ -112,16 +124,55 @@ class Desk:
         """The trial to start now; its resources are held from this call on."""
         if self.interrupted:
             return Finished(INTERRUPTED)
+        if self.settings.repeats == 1:
+            return self._explore()
+        begun = repeats.have_begun(self.state)
+        found = Finished(REPEATED) if begun else self._explore()
+        return self._repeat(found) if isinstance(found, Finished) else found
+
+    def _explore(self) -> TrialState | Wait | Finished:
         waiting = self.state.waiting
         fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
         trial = next(fitting, None) or self._suggest()
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
         if isinstance(trial, Finished) and later:
             return self._until_market()
-        if isinstance(trial, Finished | Wait):
-            return trial
+        return trial if isinstance(trial, Finished | Wait) else self._admitted(trial)
+
+    def _repeat(self, explored: Finished) -> TrialState | Wait | Finished:
+        """Winner or runner-up with another seed; `explored` where none is left or borne."""
+        if any(trial.repeat_of is None for trial in self.state.running) or self._is_full():
+            return Wait()
+        begun = next((t for t in self.state.waiting if t.repeat_of is not None), None)
+        if begun is not None:
+            return self._admitted(begun)
+        seed, wanted = self.space.search.seed, self.settings.repeats
+        for left in repeats.missing(self.state, self.contenders, seed, wanted):
+            firsts = [first for first, _ in left]
+            if not repeats.are_borne(self.budget, self.state, self.clock(), firsts):
+                break
+            first, run = left[0]
+            again = algorithms.Proposal(first.point, run)
+            return self._admitted(self._suggested(again, first.trial_id))
+        return Wait() if self.state.running else explored
+
+    @cached_property
+    def contenders(self) -> list[TrialState]:
+        """Winner and runner-up before their repeats, which are the last trials."""
+        events = self.journal.events
+        first = (i for i, e in enumerate(events) if isinstance(e, Suggested) and e.repeat_of)
+        before = SearchState(events[: next(first, len(events))])
+        found = ranking(self.space, before)
+        both = [self.state.trials[t.trial_id] for t in (found.winner, found.runner_up) if t]
+        return [trial for trial in both if trial.allocations]
+
+    def _budget_of(self, trial: TrialState) -> Budget:
+        return self.exploring if trial.repeat_of is None else self.budget
+
+    def _admitted(self, trial: TrialState) -> TrialState | Wait | Finished:
+        """The trial with its resources held, where budget and cluster have room for it."""
         usd_per_hour, price = self.price_of(trial.run)
-        refusal = self.budget.refusal(
+        refusal = self._budget_of(trial).refusal(
             self.state,
             self.clock(),
             usd_per_hour=usd_per_hour,
@@ -152,9 +203,22 @@ class Desk:
             Reported(at=self.clock(), trial_id=trial_id, progress=progress, checkpoint=checkpoint)
         )
         if progress.status == "running" and trial.stop_reason is None:
-            reason = self.budget.stop_reason(self.state, trial, self.clock())
-            reason = reason or self._halving_reason(trial) or self.algorithm.pause(trial)
-            self._ask_to_end(trial, reason)
+            reason = self._budget_of(trial).stop_reason(self.state, trial, self.clock())
+            if trial.repeat_of is None:
+                reason = (
+                    reason
+                    or halving_reason(self.space, self.state, trial)
+                    or self.algorithm.pause(trial)
+                )
+            self._ask_to_end(trial, reason or repeats.reached(self.state, trial))
+        return trial.stop_reason is not None
+
+    def probed(self, trial_id: str, timing: Timing) -> bool:
+        """Take a system that a probe timed into account; whether the probe must end now."""
+        trial = self.state.trials[trial_id]
+        self._write(Probed(at=self.clock(), trial_id=trial_id, timing=timing))
+        if trial.systems_left and trial.stop_reason is None:
+            self._ask_to_end(trial, self.exploring.stop_reason(self.state, trial, self.clock()))
         return trial.stop_reason is not None
 
     def check_budget(self) -> bool:
@@ -170,7 +234,7 @@ class Desk:
         if max(late.values(), default=0.0) <= 0:
             return False
         for trial in sorted(going, key=lambda t: late[t.trial_id], reverse=True):
-            self._ask_to_end(trial, self.budget.stop_reason(self.state, trial, now))
+            self._ask_to_end(trial, self._budget_of(trial).stop_reason(self.state, trial, now))
         return any(trial.stop_reason for trial in going)
 
     def end(
@@ -229,7 +293,8 @@ class Desk:
 
     def pauses_at(self, trial: TrialState) -> int | None:
         """Tokens at which a trial that was just allocated ends by itself, to wait."""
-        return self.algorithm.pauses_at(trial)
+        is_learning = trial.kind == "learn" and trial.repeat_of is None
+        return self.algorithm.pauses_at(trial) if is_learning else None
 
     def gangs_to_dismiss(self) -> list[str]:
         """Gangs that wait and must end; they are billed until `gang_ended`."""
@@ -271,34 +336,37 @@ class Desk:
         """A paused trial to go on with, or a new one."""
         if self._is_full():
             return Wait()
-        number = len(self.state.trials)
-        is_last = self.budget.trials is not None and number >= self.budget.trials
-        paused = self.algorithm.resume(self.state, is_last)
-        if paused is not None:
-            return self.state.trials[paused]
+        most = self.exploring.trials
+        is_last = most is not None and self.state.n_started >= most
+        left = (s for s in self.starts if s.run.trial_id not in self.state.trials)
+        if not is_last and (start := next(left, None)) is not None:
+            return self._suggested(start)
+        probe = None if is_last else self.algorithm.probe(self.state)
+        if probe is not None and self._may_start(probe.run):  # else it would be in others' way
+            return self._suggested(probe)
+        if (paused := self._paused(is_last)) is not None:
+            return paused
         may_go_on = self.algorithm.pauses and self.state.running
         if is_last:
-            why = f"search budget of {self.budget.trials} trials"
+            why = f"search budget of {most} trials"
             return Wait() if may_go_on else Finished(why)
         is_later = False
         for proposal in self.algorithm.propose(self.state):
             is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
             if self.capacity.can_hold(proposal.run.system, ()):
-                run = proposal.run
-                event = Suggested(
-                    at=self.clock(),
-                    trial_id=run.trial_id,
-                    number=number,
-                    point=dict(proposal.point),
-                    run=run,
-                )
-                self._write(event)
-                return self.state.trials[run.trial_id]
+                return self._suggested(proposal)
         if is_later:
             return self._until_market()
         if may_go_on:
             return Wait()
-        return Finished("every point of the space that fits has been tried")
+        why = "every point of the space that fits has been tried"
+        return self._paused(is_last=True) or Finished(why)
+
+    def _paused(self, is_last: bool) -> TrialState | None:
+        """The trial to go on with; `is_last`: there can be no new one."""
+        trial_id = self.algorithm.resume(self.state, is_last)
+        trial = None if trial_id is None else self.state.trials[trial_id]
+        return trial if trial and self.capacity.can_ever_hold(trial.run.system) else None
 
     def _until_market(self) -> Wait | Finished:
         """Whether the budget bears that something starts when the market has room again."""
@@ -306,6 +374,26 @@ class Desk:
         if refusal and not self.state.running:
             return Finished(f"{refusal} leaves no room for another trial")
         return Wait()
+
+    def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
+        event = Suggested(
+            at=self.clock(),
+            trial_id=proposal.trial_id,
+            number=self.state.n_started,
+            point=dict(proposal.point),
+            run=proposal.run,
+            repeat_of=repeat_of,
+            systems=proposal.systems,
+        )
+        self._write(event)
+        return self.state.trials[proposal.trial_id]
+
+    def _may_start(self, run: RunSpec) -> bool:
+        """Whether cluster and budget bear it now."""
+        refusal = self.exploring.refusal(
+            self.state, self.clock(), usd_per_hour=self.price_of(run)[0]
+        )
+        return refusal is None and self.capacity.can_ever_hold(run.system)
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent
@@ -321,30 +409,6 @@ class Desk:
             return self.gangs.has_room(trial.run.system)
         running = [other.run.system for other in self.state.running]
         return self.capacity.can_hold(trial.run.system, running)
-
-    def _halving_reason(self, trial: TrialState) -> str | None:
-        rungs = self._rungs(trial)
-        before = trial.curve[-2].tokens if len(trial.curve) > 1 else 0
-        rung = rung_reached(rungs, before, trial.tokens)
-        if rung is None:
-            return None
-        reached = (t for t in self.state.trials.values() if t.tokens >= rung)
-        values = self._values_at(rung, [t for t in reached if self._rungs(t) == rungs])
-        factor = self.settings.fidelity.factor
-        if trial.trial_id in values and not survives(trial.trial_id, values, factor):
-            place = f"not in the top 1/{factor} of {len(values)} at {rung} tokens"
-            return f"{self.space.scheduler}: {place}"
-        return None
-
-    def _rungs(self, trial: TrialState) -> Sequence[int]:
-        fidelity = self.settings.fidelity
-        return rungs_of(self.space.scheduler, trial.number, fidelity.rungs, fidelity.factor)
-
-    def _values_at(self, rung: int, reached: Sequence[TrialState]) -> Mapping[str, float]:
-        scores = score_trials(
-            self.space, self.state, reached, until_tokens=rung, samples=FEW_SAMPLES
-        )
-        return {trial_id: score.value for trial_id, score in scores.items()}
 
     def _ask_to_end(self, trial: TrialState, reason: str | None) -> None:
         if reason is not None:

@@ -140,6 +140,18 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def contains(domain: Domain, value: object) -> bool:
+    """Whether a value is one of a domain's, and no more than close to one."""
+    if isinstance(domain, Uniform):
+        return is_number(value) and domain.low <= value <= domain.high
+    if domain.values is not None:
+        return _same(value, list(domain.values))
+    if not is_number(value) or not domain.low <= value <= domain.high:
+        return False
+    steps = (Decimal(repr(value)) - Decimal(repr(domain.low))) % Decimal(repr(domain.step))
+    return not steps
+
+
 def parse_domain(value: object) -> Domain | None:
     """The domain that a value of a space file stands for, None where it is a constant.
 

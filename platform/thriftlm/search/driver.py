@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from thriftlm.search.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.exchange import Exchange
 from thriftlm.search.gang import ON_THE_HEAD, OUTCOME, TRIAL_RESOURCES, hold, run_trial
-from thriftlm.search.journal import Journal, SearchStarted
+from thriftlm.search.journal import Journal, Known, SearchStarted
 from thriftlm.search.provenance import versions
 from thriftlm.search.space import Space
 from thriftlm.search.state import TrialState
+from thriftlm.search.stopping import StopRequests
 from thriftlm.search.storage import writable
 from thriftlm.spec import InputError, Progress, digest, identity
+from thriftlm.timings import Timing
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -89,12 +91,13 @@ class Hosts:
 class Turn:
     """What is due at every turn of Tune's loop, wherever that happens to stand."""
 
-    def __init__(self, desk: Desk, hosts: Hosts) -> None:
-        self.desk, self.hosts = desk, hosts
+    def __init__(self, desk: Desk, hosts: Hosts, stops: StopRequests) -> None:
+        self.desk, self.hosts, self.stops = desk, hosts, stops
         self.interrupt_asked = False
 
     def take(self) -> None:
         """Obey an interruption, the budget and the gangs' time limits."""
+        self.interrupt_asked |= self.stops.asked()
         if self.interrupt_asked and not self.desk.interrupted:
             self.desk.interrupt()
             self.post_stops()
@@ -133,6 +136,7 @@ class DeskSearcher(Unpickled, Searcher):
         return self.hosts.serving(answer) | {
             "run": answer.run.model_dump_json(),
             "trial_id": answer.trial_id,
+            "systems": [system.model_dump_json() for system in answer.systems_left],
             "known_tokens": answer.tokens,
             "until_tokens": self.desk.pauses_at(answer),
         }
@@ -163,6 +167,10 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         """Always `CONTINUE`: trials end themselves."""
         if OUTCOME in result:
             self.outcomes[trial.trial_id] = json.loads(result[OUTCOME])
+        elif "timing" in result:
+            timing = Timing.model_validate_json(result["timing"])
+            self.desk.probed(trial.config["trial_id"], timing)
+            self.turn.post_stops()
         elif "progress" in result:
             progress = Progress.model_validate_json(result["progress"])
             self.desk.report(trial.config["trial_id"], progress, result["checkpoint"])
@@ -191,6 +199,7 @@ def run(
     cache: Path,
     *,
     address: str | None = None,
+    known: Sequence[Known] = (),
     cold: bool = False,
     on_stage: OnStage = lambda stage, fraction: None,
 ) -> Desk:
@@ -202,39 +211,42 @@ def run(
             events is resumed.
         cache: absolute folder of token shards, on such storage too.
         address: Ray cluster; a local one is started when None and no job gave one.
+        known: what earlier searches measured; a resumed search has it in its journal.
         cold: whether every trial gets workers of its own, started for it.
         on_stage: told what is being waited for before the first trial.
 
     Raises:
         InputError: storage, corpus or cluster are not usable.
     """
-    unique_tokens = prepare_data(space, cache, on_stage)
+    stops = StopRequests(journal.path.parent)
+    unique_tokens = prepare_data(space, cache, stops.heeded(on_stage))
     on_stage("starting Ray" if address is None else f"connecting to Ray at {address}", 0.0)
     with cluster(address) as capacity:
         refuse_unfitting(space, capacity)
         is_new = not journal.events
         if is_new:
-            journal.append(
-                SearchStarted(
-                    search_id=journal.path.parent.name,
-                    space=space.document(),
-                    versions=versions(),
-                    unique_tokens=unique_tokens,
-                )
+            started = SearchStarted(
+                search_id=journal.path.parent.name,
+                space=space.document(),
+                versions=versions(),
+                unique_tokens=unique_tokens,
             )
+            journal.append(started)
+            for one in known:
+                journal.append(one.model_copy(update={"at": started.at}))
         desk = Desk(space, journal, capacity, warm=not cold)
         if not is_new:
             desk.resume()
-        desk.close(drive(desk, cache))
+        desk.close(drive(desk, cache, stops))
     return desk
 
 
-def drive(desk: Desk, cache: Path) -> str:
+def drive(desk: Desk, cache: Path, stops: StopRequests) -> str:
     """Run trials until the desk has no more; the reason why it ended."""
     os.environ.update(ENVIRONMENT)
     folder = desk.journal.path.parent
     hosts = Hosts(Exchange.remote(), folder, cache)  # type: ignore[attr-defined]
-    turn = Turn(desk, hosts)
+    turn = Turn(desk, hosts, stops)
     searcher, scheduler = DeskSearcher(desk, hosts, turn), DeskScheduler(desk, turn)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, TRIAL_RESOURCES),

@@ -88,6 +88,11 @@ class Exchange:
         await self._add(trial_id, {"progress": progress, "checkpoint": checkpoint})
         return trial_id in self.stopping
 
+    async def timed(self, trial_id: str, timing: str) -> bool:
+        """Take what a probe timed in; whether it must end now."""
+        await self._add(trial_id, {"timing": timing})
+        return trial_id in self.stopping
+
     async def ended(self, gang: str, outcome: Outcome) -> None:
         """Record how the trial of a gang ended."""
         await self._add(self.working.pop(gang), {"outcome": outcome})

@@ -28,7 +28,7 @@ from thriftlm.spec import InputError, SystemSpec
 ON_THE_HEAD = {"node:__internal_head__": 0.001}
 TRIAL_RESOURCES = tune.PlacementGroupFactory([ON_THE_HEAD])
 """What a Tune trial itself holds; its workers hold the gang's resources."""
-JOB = ("run", "trial_id", "known_tokens", "until_tokens", "folder")
+JOB = ("run", "trial_id", "systems", "known_tokens", "until_tokens", "folder")
 """What of a trial's configuration its workers are told."""
 LOST: Outcome = {"status": "lost", "reason": "its gang was gone", "checkpoint": None, "broke": ""}
 """How a trial ends that has to wait for another gang."""

@@ -7,17 +7,22 @@ is dropped when the journal is opened again.
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
+from thriftlm.timings import Timing
 
 JOURNAL_VERSION = 1
+CLAIMS, CLAIM_SECONDS = 3, 0.1
+"""Who looks whether a journal is held (`is_held`) holds it for a moment: a lock is tried so often
+again, with that pause before."""
 
 
 class Event(Spec):
@@ -42,6 +47,40 @@ class SearchStarted(Event):
     """Training tokens in each corpus that the space uses, by the digest of its `DataSpec`."""
 
 
+class KnownRun(Spec):
+    """What an earlier search knows of one run, as far as it is of use to this one."""
+
+    run_id: str
+    """What its source calls it."""
+    recipe_id: str
+    """Of the recipe in this search where that is one of its space, else of the source."""
+    n_params: PositiveFloat
+    """Stored parameters without embeddings."""
+    point: dict[str, Any]
+    """Its varied fields: all of them, without those of the system where that lies outside the
+    space, or none where the recipe does and only the law learns of it."""
+    trial_id: str | None
+    """The trial that it stands for and that is not run again; None where it was measured to too few
+    tokens, and outside the space."""
+    run: RunSpec | None
+    """The whole run, as far as it is known."""
+    usd_per_hour: float | None
+    """Price of its system when it was taken in; None outside the space."""
+    status: Status
+    """How it ended; `running` where it was cut short."""
+    reports: tuple[Progress, ...]
+    """What it measured, by tokens."""
+
+
+class Known(Event):
+    """Runs of an earlier search that this one begins with; follows the first line."""
+
+    kind: Literal["known"] = "known"
+    source: str
+    """Where they came from."""
+    runs: tuple[KnownRun, ...]
+
+
 class SearchResumed(Event):
     """A new driver took over; allocations still open in the journal ended with the last line."""
 
@@ -58,6 +97,10 @@ class Suggested(Event):
     """The varied fields by dotted path, as sampled."""
     run: RunSpec
     """The whole run."""
+    repeat_of: str | None = None
+    """The trial that it trains again with another seed."""
+    systems: tuple[SystemSpec, ...] = ()
+    """What a probe times with the run's model, batch and optimizer; none in a trial that learns."""
 
 
 class Allocated(Event):
@@ -80,6 +123,14 @@ class Reported(Event):
     trial_id: str
     progress: Progress
     checkpoint: str | None = None
+
+
+class Probed(Event):
+    """A probe has timed one of its systems."""
+
+    kind: Literal["probed"] = "probed"
+    trial_id: str
+    timing: Timing
 
 
 class StopRequested(Event):
@@ -148,10 +199,12 @@ class SearchEnded(Event):
 
 AnyEvent = Annotated[
     SearchStarted
+    | Known
     | SearchResumed
     | Suggested
     | Allocated
     | Reported
+    | Probed
     | StopRequested
     | Released
     | Idle
@@ -204,18 +257,26 @@ class Journal:
                 listener(event)
 
     def _claim(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another driver is running this search (it holds {self.path}); wait for its end "
-                "or stop it, or start another search with --name"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"{self.path} cannot be locked ({error.strerror}), so two drivers could mix their "
-                "searches; choose a storage folder whose file system has locks with --storage"
-            ) from error
+        for pause in (*[CLAIM_SECONDS] * CLAIMS, None):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if pause is None:
+                    raise self._is_taken() from error
+                time.sleep(pause)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} cannot be locked ({error.strerror}), so two drivers could mix "
+                    "their searches; choose a storage folder whose file system has locks with "
+                    "--storage"
+                ) from error
+
+    def _is_taken(self) -> InputError:
+        return InputError(
+            f"another driver is running this search (it holds {self.path}); wait for its end, end "
+            f"it with `thriftlm stop {self.path.parent.name}`, or start another search with --name"
+        )
 
     def _write_whole(self, line: bytes) -> None:
         before = os.fstat(self._file.fileno()).st_size
@@ -245,6 +306,21 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a driver holds the journal, on any machine whose locks reach the file system.
+
+    A shared lock is taken for a moment to find out, which needs no right to write.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # without locks no driver could have begun
+            return False
+    return False
 
 
 def read(path: Path) -> Iterator[Event]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,16 +48,28 @@ class Menu:
     """Recorded pairs (R, S); None where every pair that can run may be tried."""
 
     def __post_init__(self) -> None:
-        self.recipe_at = {tuple(point.values()): i for i, point in enumerate(self.recipes)}
-        self.system_at = {tuple(point.values()): i for i, point in enumerate(self.systems)}
-        self.learn_paths = list(self.recipes[0])
-        self.system_paths = list(self.systems[0])
+        self.recipe_at = {_key(point): i for i, point in enumerate(self.recipes)}
+        self.system_at = {_key(point): i for i, point in enumerate(self.systems)}
+        self.learn_paths = [p for p in self.space.domains if p in self.recipes[0]]
         self.refused = np.zeros_like(self.runs_on)
 
     def locate(self, point: Point) -> tuple[int, int]:
         """Recipe and system of a point of the menu."""
-        recipe = tuple(point[path] for path in self.learn_paths)
-        return self.recipe_at[recipe], self.system_at[tuple(point[p] for p in self.system_paths)]
+        recipe, system = _halves(point)
+        return self.recipe_at[_key(recipe)], self.system_at[_key(system)]
+
+    def place(self, point: Point) -> tuple[int | None, int | None]:
+        """Recipe and system of a point of which either half may be missing, or not on the menu."""
+        recipe, system = _halves(point)
+        return self.recipe_at.get(_key(recipe)), self.system_at.get(_key(system))
+
+    def fact(self, run: RunSpec) -> tuple[int, int] | None:
+        """Shape and system of a run, also of a recipe that is not on the menu."""
+        case = case_of(run)._replace(system=self.specs[0])
+        if run.system not in self.specs or case not in self.shapes:
+            return None
+        shape, system = self.shapes.index(case), self.specs.index(run.system)
+        return (shape, system) if self.runs_on[shape, system] else None
 
     def allowed(self, recipe: int) -> NDArray[np.bool_]:
         """Systems on which a recipe may be tried (S,)."""
@@ -66,8 +79,7 @@ class Menu:
 
     def point(self, recipe: int, system: int) -> dict[str, Value]:
         """The point of a pair, in the order of the space."""
-        both = {**self.recipes[recipe], **self.systems[system]}
-        return {path: both[path] for path in self.space.domains}
+        return _whole(self.space, self.recipes[recipe], self.systems[system])
 
     def resolve(self, recipe: int, system: int) -> RunSpec | None:
         """The run of a pair; one that is none is not offered again."""
@@ -156,14 +168,17 @@ def _scaled(column: Floats) -> Floats:
     return np.asarray((column - low) / (high - low))
 
 
-def menu_of(space: Space) -> Menu:
-    """The menu of a space; that of a recorded one is computed once and shared by its searches."""
+def menu_of(space: Space, also: Sequence[Point] = ()) -> Menu:
+    """The menu of a space; that of a recorded one is computed once and shared by its searches.
+
+    Where not all points are listed, those of `also` are on it; one may be of a recipe alone.
+    """
     if isinstance(space, RecordedSpace):
         if "menu" not in space.shared:
             space.shared["menu"] = _recorded_menu(space)
         found: Menu = space.shared["menu"]
         return found
-    return _menu(space)
+    return _menu(space, also)
 
 
 def _recorded_menu(space: RecordedSpace) -> Menu:
@@ -181,13 +196,34 @@ def _ordered(space: Space, point: Mapping[str, Value]) -> dict[str, Value]:
     return {path: point[path] for path in space.domains if path in point}
 
 
-def _menu(space: Space) -> Menu:
+def _menu(space: Space, also: Sequence[Point]) -> Menu:
     """All recipes and systems where they are few, else so many draws of the space's seed."""
     rng = np.random.default_rng(space.search.seed)
     learn = {p: d for p, d in space.domains.items() if not p.startswith("system.")}
     where = {p: d for p, d in space.domains.items() if p.startswith("system.")}
-    recipes = _points(learn, MOST_RECIPES, rng)
-    return _assembled(space, recipes, _points(where, MOST_SYSTEMS, rng), None, None)
+    recipes, systems = _points(learn, MOST_RECIPES, rng), _points(where, MOST_SYSTEMS, rng)
+    for recipe, system in map(_halves, [*(start.point for start in space.starts), *also]):
+        recipes += [recipe] if recipe not in recipes else []
+        systems += [system] if len(system) >= len(where) and system not in systems else []
+    return _assembled(space, recipes, systems, None, None)
+
+
+def _halves(point: Point) -> tuple[dict[str, Value], dict[str, Value]]:
+    """What of a point is the recipe, and what the system."""
+    system = {path: value for path, value in point.items() if path.startswith("system.")}
+    return {path: value for path, value in point.items() if path not in system}, system
+
+
+def _whole(space: Space, recipe: Point, system: Point) -> dict[str, Value]:
+    """A point in the order of the space; what a start sets beside it comes last."""
+    both = {**recipe, **system}
+    return {**{path: both[path] for path in space.domains}, **both}
+
+
+def _key(point: Point) -> frozenset[tuple[str, Any]]:
+    """A point without its order; lists, as a journal has them, are as good as tuples."""
+    plain = ((p, tuple(x) if isinstance(x, list) else x) for p, x in point.items())
+    return frozenset(plain)
 
 
 def _points(
@@ -220,8 +256,7 @@ def _assembled(
     specs: dict[int, SystemSpec] = {}
 
     def tried(r: int, s: int) -> bool:
-        point = {**recipes[r], **systems[s]}
-        run = space.resolve({path: point[path] for path in space.domains}, space.search.seed)
+        run = space.resolve(_whole(space, recipes[r], systems[s]), space.search.seed)
         if isinstance(run, Rejected):
             return False
         found.setdefault(r, run)
@@ -229,6 +264,8 @@ def _assembled(
         return True
 
     everywhere = np.arange(len(systems))
+    for recipe, system in (_halves(start.point) for start in space.starts if pairs is None):
+        tried(recipes.index(recipe), systems.index(system))
     for r in range(len(recipes)):
         able = everywhere if pairs is None else np.flatnonzero(pairs[r])
         any(tried(r, int(s)) for s in order.permutation(able)[:TRIES])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from thriftlm.search.objective import tokens_at_budget
 from thriftlm.search.section import Rejected
 from thriftlm.search.settings import SCHEDULERS
 from thriftlm.search.space import Point, Space
+from thriftlm.search.start import Start
 from thriftlm.spec import InputError, RunSpec
 
 Floats = NDArray[np.float64]
@@ -107,10 +108,10 @@ def read_runs(path: Path, space: Space) -> Runs:
         if not name.startswith(SECTIONS):
             continue
         column, words = _encoded(table[name])
-        domain = space.domains.get(name) or _constant(space, name)
+        domain = space.domains.get(name) or constant(space, name)
         if domain is None:
             continue
-        values = [_value_in(domain, word) for word in words]
+        values = [value_in(domain, word) for word in words]
         known = np.array([value is not OUTSIDE for value in values])
         inside &= known[column[heads]]
         if name in space.domains:
@@ -204,7 +205,7 @@ OUTSIDE = object()
 """Stands for a value that is not in a domain."""
 
 
-def _constant(space: Space, name: str) -> Choice | None:
+def constant(space: Space, name: str) -> Choice | None:
     """What a space fixes a field to where it says so plainly."""
     section, field = name.split(".", 1)
     document = space.document()
@@ -213,7 +214,7 @@ def _constant(space: Space, name: str) -> Choice | None:
     return Choice((value,)) if isinstance(value, str | int | float | bool) else None
 
 
-def _value_in(domain: Domain, word: Any) -> Any:
+def value_in(domain: Domain, word: Any) -> Any:
     """The value of the domain that a cell stands for, `OUTSIDE` where there is none."""
     if isinstance(domain, Choice):
         return next((value for value in domain.values if _equal(value, word)), OUTSIDE)
@@ -259,6 +260,7 @@ class RecordedSpace(Space):
         self.shared: dict[str, Any] = {}
         """What searches of it compute once."""
         self._require_one()
+        self.starts = [self._recorded(start) for start in space.starts]
 
     @property
     def size(self) -> int | None:
@@ -289,7 +291,8 @@ class RecordedSpace(Space):
     def searched_by(self, algorithm: str, seed: int) -> "RecordedSpace":
         """The same space with another algorithm and seed; what was resolved is shared.
 
-        A scheduler that does not go with the algorithm gives way to the one that does.
+        A scheduler that does not go with the algorithm gives way to the one that does. Nothing is
+        repeated: the table has one run of each point.
 
         Raises:
             InputError: unknown algorithm.
@@ -298,7 +301,7 @@ class RecordedSpace(Space):
             known = ", ".join(SCHEDULERS)
             raise InputError(f"--algorithm must be one of {known}, got {algorithm}")
         other = copy(self)
-        given = self.search.model_dump() | {"algorithm": algorithm, "seed": seed}
+        given = self.search.model_dump() | {"algorithm": algorithm, "seed": seed, "repeats": 1}
         if self.search.scheduler not in SCHEDULERS[algorithm]:
             given["scheduler"] = "auto"
         other.search = type(self.search).model_validate(given)
@@ -321,6 +324,35 @@ class RecordedSpace(Space):
         if "_by_point" not in self.__dict__:
             self._by_point = {tuple(self.point(run).values()): run for run in range(len(self.runs))}
         return self._by_point
+
+    def _recorded(self, start: Start) -> Start:
+        """The recorded run nearest to a start, of those that have all that its entry gives.
+
+        Raises:
+            InputError: the table has none.
+        """
+        given = {path: start.point[path] for path in start.given if path in self.domains}
+        others = {path: value for path, value in start.point.items() if path not in self.domains}
+        recipes, systems = (
+            np.array([all(_equal(x, given.get(p, x)) for p, x in one.items()) for one in points])
+            for points in (self.runs.recipes, self.runs.systems)
+        )
+        found = np.flatnonzero(recipes[self.runs.recipe] & systems[self.runs.system])
+        if others or not len(found):
+            wanted = ", ".join(f"{path}={value}" for path, value in (given | others).items())
+            raise InputError(
+                f"start_from[{start.entry}]: the table has no run with {wanted}, and a replay is "
+                "held to recorded runs; change the entry, or leave it out with --set start_from=[]"
+            )
+        far = self._distances(0, start.point)[self.runs.recipe[found]]
+        far += self._distances(1, start.point)[self.runs.system[found]]
+        rejected = ""
+        for run in found[np.argsort(far, kind="stable")].tolist():
+            resolved = self.resolve(self.point(run), self.search.seed)
+            if isinstance(resolved, RunSpec):
+                return replace(start, point=self.point(run))
+            rejected = rejected or resolved.detail
+        raise InputError(f"start_from[{start.entry}]: no recorded run of it is valid: {rejected}")
 
     def _places(self, points: list[dict[str, Value]]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = []

@@ -3,22 +3,32 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from thriftlm.search.objective import Score, rank
-from thriftlm.search.scoring import score_trials
+from pydantic import Field
+
+from thriftlm.search.confidence import Confidence, Judge, StartComparison
+from thriftlm.search.hypervolume import over_time
+from thriftlm.search.measured_systems import on_best_system
+from thriftlm.search.next_dollars import NextDollars, next_dollars
+from thriftlm.search.objective import Score
+from thriftlm.search.ranking import ranking
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, Spec
+from thriftlm.timings import Timing
 
 
 class TrialRow(Spec):
     """One trial of the answer."""
 
     trial_id: str
-    kind: Literal["learn"] = "learn"
-    """What it measured: loss."""
+    kind: Literal["learn", "probe"] = "learn"
+    """What it measured: loss, or the throughput of `timings`."""
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     status: str
     """`done`, `stopped`, `oom`, `diverged` or `failed`; `running`; `waiting` where the search ended
-    before it could start, or start again; `paused` where others promised more."""
+    before it could start, or start again; `paused` where others promised more; `known` where an
+    earlier search has run it and this one has not."""
     reason: str
     """Why it ended early."""
     config: dict[str, Any]
@@ -31,16 +41,24 @@ class TrialRow(Spec):
     """Last validation loss in nats per token, measured."""
     loss_at_budget: float | None
     """Predicted loss at the training budget."""
+    p_best: float | None
+    """Probability that it is the best of those tried; None where it was not compared."""
+    repeat_of: str | None
+    """The trial that it trains again with another seed."""
     tokens_per_s: float | None
     """Tokens per second over all GPUs, measured."""
     usd: float
     """Dollars that its allocations cost."""
+    timings: tuple[Timing, ...] = ()
+    """What a probe measured, one system each."""
 
 
 class Best(Spec):
     """The trial that wins, and what it promises."""
 
     trial_id: str
+    source: str | None = None
+    """The earlier search that measured it; None where this one did."""
     config: dict[str, Any]
     """The run, nested like a RunSpec."""
     loss_at_budget: float
@@ -55,6 +73,10 @@ class Best(Spec):
     """Tokens that the training budget buys."""
     extrapolation: float | None
     """`tokens_at_budget` over the most tokens that the recipe was trained for."""
+    effective_tokens: float | None = None
+    """Fresh tokens that `tokens_at_budget` is worth where the corpus has to be repeated."""
+    best_system: str | None = None
+    """System of the trials on which its recipe gets the most tokens."""
 
 
 class SearchResult(Spec):
@@ -74,8 +96,17 @@ class SearchResult(Spec):
     """Wall-clock hours."""
     best: Best | None
     """None when no trial gave a score."""
+    confidence: Confidence | None = None
+    """How sure it is; None when no trial gave a score."""
+    next: NextDollars | None = None
+    """What the next dollars should buy; None where nothing promises a gain."""
+    start_from: list[StartComparison] = Field(default_factory=list)
+    """The winner against the user's own configurations, in the order of the file."""
     pareto: list[str]
     """Trials that no other beats in both loss at budget and dollars per token."""
+    hypervolume: list[tuple[float, float]] | None = None
+    """For the objective `pareto`: dollars spent and area that the trials so far dominate, at the
+    end of each trial; see `search.hypervolume`."""
     trials: list[TrialRow]
     """All trials, best first, then those without a score."""
 
@@ -83,9 +114,10 @@ class SearchResult(Spec):
 def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
     """The answer as far as the journal tells it, with the scores behind it."""
     now = state.last_at
-    scores = score_trials(space, state, state.trials.values())
-    order = rank(scores)
-    rest = [trial_id for trial_id in state.trials if trial_id not in scores]
+    stand = ranking(space, state)
+    judge, scores, order = Judge(space, stand), stand.scores, stand.order
+    rest = [trial_id for trial_id in state.trials if trial_id not in order]
+    rows = [row(state.trials[t], scores.get(t), now, judge.p_best(t)) for t in [*order, *rest]]
     result = SearchResult(
         search_id=state.started.search_id if state.started else "",
         status=state.ended.status if state.ended else "running",
@@ -94,50 +126,62 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         idle_usd=state.idle_usd(now),
         budget_usd=space.search_budget.usd,
         hours=state.hours(now),
-        best=best(state.trials[order[0]], scores[order[0]]) if order else None,
+        best=best(state, state.trials[order[0]], scores[order[0]]) if order else None,
+        confidence=judge.confidence(),
+        next=next_dollars(judge),
+        start_from=judge.against_starts(),
         pareto=[trial_id for trial_id in order if scores[trial_id].pareto],
-        trials=[row(state.trials[t], scores.get(t), now) for t in [*order, *rest]],
+        hypervolume=over_time(stand) if space.objective_name == "pareto" else None,
+        trials=rows,
     )
     return result, scores
 
 
-def best(trial: TrialState, score: Score) -> Best:
-    """The winner's summary."""
+def best(state: SearchState, trial: TrialState, score: Score) -> Best:
+    """The winner's summary, on the best system that was measured with its model."""
     return Best(
         trial_id=trial.trial_id,
-        config=trial.run.model_dump(mode="json"),
+        source=trial.source if trial.is_only_known else None,
+        config=on_best_system(state, trial).model_dump(mode="json"),
         loss_at_budget=score.loss_at_budget,
         low=score.low,
         high=score.high,
         usd_per_btok=score.usd_per_btok,
         tokens_at_budget=score.tokens_at_budget,
         extrapolation=score.extrapolation,
+        effective_tokens=score.effective_tokens,
+        best_system=score.best_system,
     )
 
 
-def row(trial: TrialState, score: Score | None, now: float) -> TrialRow:
+def row(
+    trial: TrialState, score: Score | None, now: float, p_best: float | None = None
+) -> TrialRow:
     """One trial's line of the answer."""
-    status = trial.status or _unended(trial)
     return TrialRow(
         trial_id=trial.trial_id,
-        status=status,
+        kind=trial.kind,
+        source=trial.source,
+        status=trial.stage,
         reason=trial.reason,
         config=trial.run.model_dump(mode="json"),
         point=trial.point,
         tokens=trial.tokens,
         loss=trial.loss,
         loss_at_budget=score.loss_at_budget if score else None,
+        p_best=p_best,
+        repeat_of=trial.repeat_of,
         tokens_per_s=trial.tokens_per_s(),
         usd=trial.usd(now),
+        timings=tuple(trial.timings),
     )
 
 
-def _unended(trial: TrialState) -> str:
-    return "running" if trial.is_running else "paused" if trial.is_paused else "waiting"
+def best_run(search_id: str, state: SearchState, trial: TrialState, score: Score) -> RunSpec:
+    """The run to train for real: the winner over the tokens that the training budget buys.
 
-
-def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:
-    """The run to train for real: the winner over the tokens that the training budget buys."""
+    It is on the best system that was measured with its model.
+    """
     tokens = trial.run.tokens
     if score.tokens_at_budget is not None:
         tokens = max(trial.run.optim.batch_tokens, round(score.tokens_at_budget))
@@ -146,7 +190,7 @@ def best_run(search_id: str, trial: TrialState, score: Score) -> RunSpec:
         "report_every_tokens": max(1, tokens // 20),
         "origin": f"{search_id}/{trial.trial_id}",
     }
-    return RunSpec.model_validate(trial.run.model_dump() | changed)
+    return RunSpec.model_validate(on_best_system(state, trial).model_dump() | changed)
 
 
 def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:
@@ -158,7 +202,9 @@ def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult,
     (folder / "best.yaml").unlink(missing_ok=True)  # an earlier winner can have failed since
     if result.best is not None:
         winner = state.trials[result.best.trial_id]
-        run = best_run(result.search_id, winner, scores[winner.trial_id]).model_dump(mode="json")
+        run = best_run(result.search_id, state, winner, scores[winner.trial_id])
         head = f"# Winner of search {result.search_id}. Train it: thriftlm train THIS_FILE\n"
-        (folder / "best.yaml").write_text(head + yaml.safe_dump(run, sort_keys=False))
+        (folder / "best.yaml").write_text(
+            head + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+        )
     return result, scores

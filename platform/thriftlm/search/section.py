@@ -74,7 +74,7 @@ def _build(section: Section, values: Items, outside: Items) -> Spec | Rejected:
     try:
         known = _defaults(section.cls) | _preset_fields(section.cls, fields) | fields
         known |= dict(outside)
-        fields |= section.derivation.apply(known, whole)
+        fields |= section.derivation.without(dict(values)).apply(known, whole)
         return section.cls.model_validate(_normal(section.cls, fields))
     except ValidationError as error:
         return rejected(error)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
 from thriftlm.spec import ModelSpec, Spec
@@ -89,12 +89,18 @@ class Weights(Spec):
 
 
 class Objective(Spec):
-    """Which score drives the search; `objective: pareto`, or `objective: {weighted: {loss: 1}}`."""
+    """Which score drives the search: `objective: pareto`.
+
+    `{weighted: {loss: 1}}` gives weights, `{usd_to_loss: 3.2}` the loss to reach; without one it is
+    the best loss at budget of all trials.
+    """
 
     name: Literal["loss_at_budget", "usd_to_loss", "tokens_per_usd", "weighted", "pareto"]
     """Name of the score."""
     weights: Weights | None = None
     """Weights of `weighted`."""
+    target_loss: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
+    """Target of `usd_to_loss`, in the unit of the scores."""
 
     @validator(mode="before")
     @classmethod
@@ -103,12 +109,16 @@ class Objective(Spec):
             return {"name": given}
         if isinstance(given, dict) and set(given) == {"weighted"}:
             return {"name": "weighted", "weights": given["weighted"]}
+        if isinstance(given, dict) and set(given) == {"usd_to_loss"}:
+            return {"name": "usd_to_loss", "target_loss": given["usd_to_loss"]}
         return given
 
     @validator(mode="after")
     def _check(self) -> Self:
         if (self.name == "weighted") != (self.weights is not None):
             raise ValueError("weighted needs weights: objective: {weighted: {loss: 1}}")
+        if self.target_loss is not None and self.name != "usd_to_loss":
+            raise ValueError(f"target_loss belongs to usd_to_loss, not to {self.name}")
         return self
 
 
@@ -160,7 +170,7 @@ class SearchSettings(Spec):
     max_concurrent: PositiveInt | None = None
     """Trials at a time; as many as fit when not given."""
     repeats: PositiveInt = 1
-    """Seeds per point."""
+    """Seeds that winner and runner-up are trained with, the search's own among them."""
     fidelity: Fidelity
     """Tokens of a trial."""
 
@@ -172,15 +182,6 @@ class SearchSettings(Spec):
                 f"{' or '.join(SCHEDULERS[self.algorithm])}, got {self.scheduler}"
             )
         return self
-
-    @field_validator("repeats")
-    @classmethod
-    def _repeats(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(
-                f"repeats is {value}: several seeds per point are not built yet; use 1"
-            )
-        return value
 
     @property
     def resolved_scheduler(self) -> Scheduler:
@@ -253,6 +254,25 @@ class Sections(Spec):
     """Fields of `SystemSpec`."""
 
 
+class StartEntry(Spec):
+    """A configuration to begin with: fields by section, `{model: {n_layers: 12}}`."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ModelSpec`."""
+    optim: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `OptimSpec`."""
+    system: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `SystemSpec`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `DataSpec`, of the values that the space has."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.model or self.optim or self.system or self.data):
+            raise ValueError("an entry gives at least one field: {model: {n_layers: 12}}")
+        return self
+
+
 class SpaceFile(Spec):
     """A space file as a whole."""
 
@@ -268,16 +288,9 @@ class SpaceFile(Spec):
     """What drives the search."""
     search: SearchSettings
     """How it is searched."""
-    start_from: list[Any] = Field(default_factory=list)
-    """Points evaluated first."""
+    start_from: list[StartEntry] = Field(default_factory=list)
+    """The user's own configurations, evaluated first."""
     space: Sections
     """What may vary."""
     constraints: Constraints = Constraints()
     """Which points are left out."""
-
-    @field_validator("start_from")
-    @classmethod
-    def _start_from(cls, value: list[Any]) -> list[Any]:
-        if value:
-            raise ValueError("start_from is not built yet; leave it out")
-        return value

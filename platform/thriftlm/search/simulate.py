@@ -15,6 +15,7 @@ from thriftlm.search.desk import Desk
 from thriftlm.search.journal import Event, Journal, SearchStarted
 from thriftlm.search.recorded_table import RecordedSpace, Truth
 from thriftlm.search.simulated_cluster import Clock, Cluster, Conditions, Row
+from thriftlm.search.simulated_probe import first_timing_seconds
 from thriftlm.search.space import Space
 from thriftlm.search.spot import SpotCapacity
 from thriftlm.search.state import TrialState
@@ -42,6 +43,9 @@ class SimulatedSearch(Spec):
     """The best of the table; None where every run of it broke or diverged."""
     regret: float | None
     """`best_score` minus `table_best_score`."""
+    system_regret: float | None
+    """Relative excess in dollars per token of the best system that was measured with the answer's
+    model over the best in the table."""
     spent_usd: float
     """What the search cost."""
     hours: float
@@ -124,6 +128,7 @@ def simulate(
         best_score=worth,
         table_best_score=truth.best if np.isfinite(truth.best) else None,
         regret=None if worth is None else worth - truth.best,
+        system_regret=None if best is None else cluster.system_regret(best),
         spent_usd=desk.state.spent_usd(clock.now),
         hours=clock.now / 3600,
         preemptions=lost,
@@ -163,6 +168,8 @@ def desk_of(
         return runs.price(held.run_of[run.trial_id]), "recorded"
 
     def first_report(trial: TrialState) -> float:
+        if trial.systems:
+            return conditions.start_up_seconds + first_timing_seconds(held, trial)
         run = held.run_of[trial.trial_id]
         speed = runs.speed(run)
         more = runs.tokens[runs.next_report(run, trial.tokens)] - trial.tokens

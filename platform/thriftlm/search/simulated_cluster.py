@@ -3,13 +3,14 @@
 A trial reports where its recorded run did. It pays for start-up whenever it is given resources, and
 for tokens at the recorded speed and price. How a recorded run ended (out of memory, diverged) is
 what the trial ends with, at what it has cost by then. A trial that is preempted goes on from its
-last checkpoint, which it writes every `checkpoint_every_tokens` and where it is stopped.
+last checkpoint, which it writes every `checkpoint_every_tokens` and where it is stopped. Probes are
+not preempted.
 """
 
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,10 +18,13 @@ import numpy as np
 
 from thriftlm.search.budget import FIRST_REPORT_SECONDS, STOP_SECONDS
 from thriftlm.search.desk import Desk, Finished, Wait
+from thriftlm.search.measured_systems import best_systems
 from thriftlm.search.recorded_table import BROKEN, RecordedSpace, Truth
+from thriftlm.search.simulated_probe import timings
 from thriftlm.search.spot import SpotCapacity, SpotTrace
 from thriftlm.search.state import TrialState
 from thriftlm.spec import Progress, RunSpec, Status
+from thriftlm.timings import Timing
 
 START_UP_SECONDS = FIRST_REPORT_SECONDS
 """From allocation to the first token: what the budget expects before a trial has shown it."""
@@ -112,6 +116,7 @@ class Cluster:
         self.order = itertools.count()
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.lives: dict[str, Life] = {}
+        self.probes: set[str] = set()
         self.saved: dict[str, float] = {}
         self.cut_short: dict[str, Preemption] = {}
         self.fruitless: Counter[str] = Counter()
@@ -129,7 +134,7 @@ class Cluster:
                         break
                     case trial:
                         self._start(trial)
-            if not self.queue or (self.reason and not self.lives):
+            if not self.queue or (self.reason and not self.lives and not self.probes):
                 break
             self.clock.now, _, action = heapq.heappop(self.queue)
             action()
@@ -143,6 +148,11 @@ class Cluster:
     # --- the life of a trial ----------------------------------------------------------------------
 
     def _start(self, trial: TrialState) -> None:
+        if trial.systems:
+            self.probes.add(trial.trial_id)
+            left = timings(self.space, trial)
+            self._after_timing(trial, left, self.conditions.start_up_seconds)
+            return
         trial_id, now = trial.trial_id, self.clock.now
         run, tokens = self.space.run_of[trial_id], self.saved.get(trial_id, 0.0)
         start_up = self.conditions.start_up_seconds
@@ -219,6 +229,25 @@ class Cluster:
             seconds = min(self.clock.now - life.since, self.conditions.start_up_seconds)
             restart.lost_usd += life.trial.allocations[-1].usd_per_hour * seconds / 3600
 
+    # --- the life of a probe ----------------------------------------------------------------------
+
+    def _after_timing(self, trial: TrialState, left: Iterator[Timing], delay: float) -> None:
+        timing = next(left, None)
+        if timing is None:
+            self._end_probe(trial, "done")
+        else:
+            self._after(delay + timing.seconds, lambda: self._timed(trial, timing, left))
+
+    def _timed(self, trial: TrialState, timing: Timing, left: Iterator[Timing]) -> None:
+        if self.desk.probed(trial.trial_id, timing):
+            self._end_probe(trial, "stopped")
+        else:
+            self._after_timing(trial, left, 0.0)
+
+    def _end_probe(self, trial: TrialState, status: Status) -> None:
+        self.probes.discard(trial.trial_id)
+        self.desk.end(trial.trial_id, status)
+
     # --- the market -------------------------------------------------------------------------------
 
     def _await_market(self) -> None:
@@ -288,6 +317,18 @@ class Cluster:
         """True loss at the training budget of the recipe of a run."""
         worth = float(self.truth.loss[self.runs.recipe[run]])
         return worth if np.isfinite(worth) else None
+
+    def system_regret(self, run: int) -> float | None:
+        """As of `SimulatedSearch`, of a recorded run that is the answer."""
+        runs, state = self.runs, self.desk.state
+        same = np.flatnonzero(runs.recipe == runs.recipe[run]).tolist()
+        alike = [one for one in same if runs.speed(one) > 0]
+        leader = self.desk.leader()
+        if leader is None or not alike:
+            return None
+        found = best_systems(state)[state.trials[leader].shape]
+        best = min(runs.price(one) / (3600 * runs.speed(one)) for one in alike)
+        return found.usd_per_token / best - 1
 
     def _leader(self) -> int | None:
         """Recorded run of the trial that the search would answer with now."""

@@ -18,6 +18,7 @@ from thriftlm.prices import NoOfferError, price
 from thriftlm.search.domains import MAX_LISTED, Domain, Value
 from thriftlm.search.section import Items, Rejected, read_section, rejected
 from thriftlm.search.settings import Constraints, SpaceFile
+from thriftlm.search.start import Start, read_starts
 from thriftlm.spec import DataSpec, InputError, ModelSpec, OptimSpec, RunSpec, Spec, SystemSpec
 from thriftlm_models import kernels
 
@@ -80,6 +81,8 @@ class Space:
 
     domains: dict[str, Domain]
     """What varies, by dotted path, in the order of the file."""
+    starts: list[Start]
+    """What is evaluated first."""
 
     def __init__(self, config: ConfigFile, machine: Machine | None = None) -> None:
         self.config = config
@@ -94,6 +97,7 @@ class Space:
         self.constraints = file.constraints
         self.objective_name = file.objective.name
         weights = file.objective.weights
+        self.target_loss = file.objective.target_loss
         self.objective_weights = None if weights is None else weights.model_dump()
         self._sections = {
             name: read_section(config, _path(name), given, SPECS[name], READS.get(name, ()))
@@ -109,6 +113,12 @@ class Space:
         self._require_lists("data", "system")
         self._vocab_follows = not self._sections["model"].given("vocab")
         self._require_a_valid_point()
+        self.starts = read_starts(
+            config,
+            file.start_from,
+            self._sections,
+            lambda point: self.resolve(point, self.search.seed),
+        )
 
     def document(self) -> dict[str, Any]:
         """The file as a mapping, with what it inherits and the overrides."""
@@ -124,7 +134,7 @@ class Space:
         return cast(Iterator[SystemSpec], self._sections["system"].specs())
 
     def resolve(self, point: Point, seed: int) -> RunSpec | Rejected:
-        """The run at a point, or why there is none."""
+        """The run at a point, or why there is none; fields beside the varied ones win too."""
         found = self._resolve(point, seed)
         if isinstance(found, Rejected):
             return found
@@ -141,7 +151,7 @@ class Space:
             vocab = data.bpe_vocab if self._vocab_follows else None
         except ValueError as error:
             return Rejected("tokenizer bpe:N is malformed", str(error))
-        if vocab is not None:
+        if vocab is not None and "vocab" not in dict(values["model"]):
             values["model"] = (*values["model"], ("vocab", vocab))
         built: dict[str, Any] = {"data": data}
         for name in ("model", "system", "optim"):
@@ -262,6 +272,11 @@ class Space:
                 "`thriftlm doctor` does"
             )
         trials = self.search_budget.trials
+        if trials is not None and search.repeats > 1 and trials < 2 * search.repeats:
+            found.append(
+                f"repeats: {search.repeats} seeds of winner and runner-up take "
+                f"{2 * (search.repeats - 1)} trials, search_budget allows {trials} in all"
+            )
         if search.algorithm == "grid" and trials is not None and trials < (self.size or 0):
             found.append(f"grid has {self.size} points, search_budget allows {trials} trials")
         return found

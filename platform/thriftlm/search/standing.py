@@ -1,6 +1,6 @@
 """What a factored search has measured of its recipes, and where that puts each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,32 @@ Floats = NDArray[np.float64]
 class Record:
     """What is known of one recipe."""
 
-    tokens: list[float]
-    loss: list[float]
+    tokens: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
     diverged: bool = False
+    others: dict[str, dict[float, float]] = field(default_factory=dict)
+    """Losses by tokens of each repeat with another seed."""
+
+    @property
+    def last_tokens(self) -> float:
+        """Where it ends; 0 before it has begun."""
+        return self.tokens[-1] if self.tokens else 0.0
+
+    def add(self, tokens: float, loss: float) -> None:
+        """One more point; what a resumed run measures again replaces the old."""
+        while self.last_tokens >= tokens:
+            self.tokens.pop(), self.loss.pop()
+        self.tokens.append(tokens)
+        self.loss.append(loss)
+
+    def mean(self, tokens: float, loss: float) -> float:
+        """A loss with those that other seeds have at the same tokens."""
+        seeds = [loss, *(other[tokens] for other in self.others.values() if tokens in other)]
+        return sum(seeds) / len(seeds)
+
+    def copy(self) -> "Record":
+        """One that grows apart; of a known run, which has no repeats yet."""
+        return Record(self.tokens[:], self.loss[:], self.diverged)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import singledispatchmethod
-from typing import Any
+from functools import cached_property, singledispatchmethod
+from typing import Any, Literal
 
 from thriftlm.search.journal import (
     Allocated,
@@ -11,6 +11,9 @@ from thriftlm.search.journal import (
     Ended,
     Event,
     Idle,
+    Known,
+    KnownRun,
+    Probed,
     Released,
     Reported,
     RunMinted,
@@ -20,7 +23,8 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.spec import Progress, RunSpec, SystemSpec
+from thriftlm.spec import Progress, RunSpec, SystemSpec, digest, identity
+from thriftlm.timings import Timing
 
 PAUSED = "paused"
 """How the reason of a stop begins after which a trial may go on."""
@@ -66,6 +70,42 @@ class TrialState:
     status: str | None = None
     reason: str = ""
     checkpoint: str | None = None
+    repeat_of: str | None = None
+    """The trial that it trains again with another seed."""
+    systems: tuple[SystemSpec, ...] = ()
+    timings: list[Timing] = field(default_factory=list)
+    source: str | None = None
+    """Where a run that was known before this search came from."""
+    known_usd_per_hour: float | None = None
+
+    @property
+    def kind(self) -> Literal["learn", "probe"]:
+        """Whether it measures loss or times systems."""
+        return "probe" if self.systems else "learn"
+
+    @cached_property
+    def shape(self) -> str:
+        """What throughput depends on beside the system: corpus, learning rate and seed do not."""
+        run = self.run
+        parts = {"model": identity(run.model), "seq_len": run.data.seq_len}
+        more = {"batch": run.optim.batch_tokens, "optimizer": run.optim.optimizer}
+        return digest(parts | more)
+
+    @property
+    def systems_left(self) -> list[SystemSpec]:
+        """What a probe has yet to time."""
+        timed = [timing.system for timing in self.timings]
+        return [system for system in self.systems if system not in timed]
+
+    @property
+    def is_only_known(self) -> bool:
+        """Whether an earlier search measured it, and this one has not run it."""
+        return self.source is not None and not self.allocations
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Price of everything billed for it, None before it was ever allocated."""
+        return self.allocations[-1].usd_per_hour if self.allocations else self.known_usd_per_hour
 
     @property
     def is_running(self) -> bool:
@@ -86,7 +126,18 @@ class TrialState:
     @property
     def is_finishing(self) -> bool:
         """Whether it holds resources but has made its last report."""
-        return self.is_running and bool(self.reported_at) and self.curve[-1].status != "running"
+        if not self.is_running or not self.reported_at:
+            return False
+        return not self.systems_left if self.systems else self.curve[-1].status != "running"
+
+    @property
+    def stage(self) -> str:
+        """How it ended, else `running`, `paused`, `waiting`; `known` where it was not run here."""
+        if self.is_only_known:
+            return "known"
+        if self.status is not None:
+            return self.status
+        return "running" if self.is_running else "paused" if self.is_paused else "waiting"
 
     @property
     def tokens(self) -> int:
@@ -102,6 +153,10 @@ class TrialState:
         """Dollars of all its allocations."""
         return sum(allocation.usd(now) for allocation in self.allocations)
 
+    def held_seconds(self, now: float) -> float:
+        """Seconds of all its allocations."""
+        return sum((now if a.until is None else a.until) - a.since for a in self.allocations)
+
     def tokens_per_s(self) -> float | None:
         """Median measured tokens per second over all its GPUs."""
         rates = sorted(p.tokens_per_s for p in self.curve if p.tokens_per_s is not None)
@@ -116,6 +171,7 @@ class SearchState:
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.events: list[Event] = []
         self.trials: dict[str, TrialState] = {}
         self.idle: dict[str, IdleGang] = {}
         self.idle_before_usd = 0.0
@@ -132,6 +188,10 @@ class SearchState:
         self._waiting: dict[str, TrialState] = {}
         self._paused: dict[str, TrialState] = {}
         self._released_usd = 0.0
+        self.known: list[KnownRun] = []
+        """What earlier searches have measured; those that stand for a trial are in `trials` too."""
+        self.n_started = 0
+        """Trials that are this search's own."""
         for event in events:
             self.apply(event)
 
@@ -140,6 +200,7 @@ class SearchState:
         self._apply(event)
         if not isinstance(event, RunMinted):  # a slow tracking server does not prolong a search
             self.last_at = event.at
+            self.events.append(event)
 
     def spent_usd(self, now: float) -> float:
         """Dollars of all allocations so far, and of gangs while they had no trial."""
@@ -191,6 +252,18 @@ class SearchState:
         self.started, self.session_since = event, event.at
 
     @_apply.register
+    def _(self, event: Known) -> None:
+        for one in event.runs:
+            self.known.append(one)
+            trial_id, run = one.trial_id, one.run
+            if trial_id is None or run is None or trial_id in self.trials:
+                continue
+            trial = TrialState(trial_id, -len(self.known), one.point, run, list(one.reports))
+            trial.source, trial.known_usd_per_hour = event.source, one.usd_per_hour
+            trial.status = one.status if one.status in ("oom", "diverged") else "done"
+            self.trials[trial_id] = trial
+
+    @_apply.register
     def _(self, event: SearchResumed) -> None:
         self.hours_before += (self.last_at - self.session_since) / 3600
         self.session_since, self.ended = event.at, None
@@ -199,13 +272,24 @@ class SearchState:
 
     @_apply.register
     def _(self, event: Suggested) -> None:
-        trial = TrialState(event.trial_id, event.number, event.point, event.run)
+        trial = TrialState(
+            event.trial_id,
+            event.number,
+            event.point,
+            event.run,
+            repeat_of=event.repeat_of,
+            systems=event.systems,
+        )
         self.trials[event.trial_id] = trial
+        self.n_started += 1
         self._place(trial)
 
     @_apply.register
     def _(self, event: Allocated) -> None:
         trial = self.trials[event.trial_id]
+        if trial.is_only_known:  # it is trained beyond what is known, from its beginning
+            trial.status, trial.curve = None, []
+            self.n_started += 1
         trial.allocations.append(Allocation(event.usd_per_hour, event.at))
         trial.reported_at, trial.longest_interval, trial.gang = [], None, event.gang
         trial.stop_reason = None
@@ -244,6 +328,12 @@ class SearchState:
             self.longest_start = max(self.longest_start, took)
         trial.reported_at.append(event.at)
         trial.checkpoint = event.checkpoint or trial.checkpoint
+
+    @_apply.register
+    def _(self, event: Probed) -> None:
+        trial = self.trials[event.trial_id]
+        trial.timings.append(event.timing)
+        trial.reported_at.append(event.at)
 
     @_apply.register
     def _(self, event: StopRequested) -> None:

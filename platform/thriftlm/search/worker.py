@@ -9,7 +9,9 @@ from typing import Any
 import ray
 from ray import train as ray_train
 
-from thriftlm.spec import Measurement, Progress, RunSpec
+from thriftlm.search.exchange import Outcome
+from thriftlm.spec import Measurement, Progress, RunSpec, SystemSpec
+from thriftlm.timings import Timing
 
 EXCHANGE_PATIENCE_SECONDS = 30.0
 
@@ -26,24 +28,30 @@ def serve(config: dict[str, Any]) -> None:
     exchange, number = config["exchange"], config["first"]
     rank = ray_train.get_context().get_world_rank()
     while (job := ray.get(exchange.job.remote(config["gang"], number))) is not None:
-        measured = train_one(job, exchange, Path(config["cache"]), rank)
+        run_one = probe_one if job["systems"] else train_one
+        outcome = run_one(job, exchange, Path(config["cache"]), rank)
         if rank == 0:
             starts_lost = config["starts_lost"] if number == config["first"] else 0
-            ray.get(exchange.ended.remote(config["gang"], success(measured, starts_lost)))
-        del measured
+            ray.get(exchange.ended.remote(config["gang"], said_of_losses(outcome, starts_lost)))
         between_runs()
         number += 1
 
 
-def success(measured: Measurement, starts_lost: int) -> dict[str, str | None]:
+def success(measured: Measurement) -> Outcome:
     """How a trial that came to an end of its own is recorded."""
-    reason = measured.final.detail
-    if starts_lost:
-        reason = f"{reason} (a worker was lost {starts_lost} time(s), the trial went on)".strip()
-    return {"status": measured.status, "reason": reason, "checkpoint": measured.checkpoint}
+    final = measured.final
+    return {"status": measured.status, "reason": final.detail, "checkpoint": measured.checkpoint}
 
 
-def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Measurement:
+def said_of_losses(outcome: Outcome, starts_lost: int) -> Outcome:
+    """The outcome of a trial that may have lost workers on its way."""
+    if not starts_lost:
+        return outcome
+    lost = f"(a worker was lost {starts_lost} time(s), the trial went on)"
+    return outcome | {"reason": f"{outcome['reason']} {lost}".strip()}
+
+
+def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Outcome:
     """Train one rank of a trial.
 
     Args:
@@ -77,7 +85,7 @@ def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Mea
         return Decision.STOP if must_end or is_there else Decision.CONTINUE
 
     try:
-        return train(
+        measured = train(
             spec,
             report,
             cache=cache,
@@ -89,3 +97,34 @@ def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Mea
             exchange.note_memory.remote(trial_id, str(error)), timeout=EXCHANGE_PATIENCE_SECONDS
         )
         raise
+    return success(measured)
+
+
+def probe_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Outcome:
+    """Time, on one rank, the systems of a probe that are left.
+
+    Args:
+        job: as of `train_one`, with `systems` (SystemSpec as JSON, each).
+        exchange: who hears of each.
+        cache: folder of token shards.
+        rank: of this worker.
+    """
+    from thriftlm.training.loop import Decision
+    from thriftlm.training.probe import probe
+
+    run = RunSpec.model_validate_json(job["run"])
+    systems = [SystemSpec.model_validate_json(text) for text in job["systems"]]
+    status = "done"
+
+    def report(timing: Timing) -> Decision:
+        nonlocal status
+        if rank != 0:
+            return Decision.CONTINUE
+        told = exchange.timed.remote(job["trial_id"], timing.model_dump_json())
+        if not ray.get(told, timeout=EXCHANGE_PATIENCE_SECONDS):
+            return Decision.CONTINUE
+        status = "stopped"
+        return Decision.STOP
+
+    probe(run, systems, report, cache=cache)
+    return {"status": status, "reason": "", "checkpoint": None}

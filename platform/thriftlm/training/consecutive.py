@@ -31,23 +31,35 @@ def between_runs() -> None:
     that allocators kept and memory peaks are forgotten, and torch's random numbers begin anew. So
     the next run gives the losses of a new process, bit for bit, and its peak memory is its own.
     """
-    _forget_deepspeed()
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
+    _forget()
     if dist.is_available() and dist.is_initialized():
         _destroy_subgroups()
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-        # What it knows names groups that are gone.
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     torch.manual_seed(TORCH_SEED)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     _give_back_host_memory()
+
+
+def leave_groups() -> None:
+    """Leave all process groups at once, the default one too, though others may wait in them."""
+    _forget()
+    dist.distributed_c10d._abort_process_group()
+    gc.collect()  # gloo closes its connections when nothing holds a group any more
+
+
+def _forget() -> None:
+    """What Python and libraries keep of a run."""
+    _forget_deepspeed()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        # What it knows names groups that will be gone.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    gc.collect()
 
 
 def _forget_deepspeed() -> None:

@@ -235,21 +235,32 @@ class Run:
         return self.measurement()
 
     def advance(self, until: int) -> Progress:
-        """Train up to step `until` and measure."""
-        interval = Interval(self.telemetry, until - self.step)
-        while self.step < until and not self.divergence.is_lost:
-            with interval.step(self.step + 1):
-                loss_sum, norm = self.train_step(interval)
-            interval.add(loss_sum, norm)
-            self.divergence.after_step(norm)
-        interval.pause()
-        measured = self.telemetry.reading(interval)
+        """Train up to step `until`, validate and report."""
+        measured = self.measured(until - self.step)
         before = [report.train_loss for report in self.curve] or [measured.first_loss]
         diverged = self.divergence.reason(measured.train_loss, before)
         val_loss = None if diverged else self.validate()
         if val_loss is not None and not math.isfinite(val_loss):
             diverged, val_loss = "validation loss is not finite", None
         return self.progress(measured, val_loss, diverged)
+
+    def measured(self, steps: int) -> Reading:
+        """Train so many steps, or until the run is lost, and measure them."""
+        interval, until = Interval(self.telemetry, steps), self.step + steps
+        while self.step < until and not self.divergence.is_lost:
+            with interval.step(self.step + 1):
+                loss_sum, norm = self.train_step(interval)
+            interval.add(loss_sum, norm)
+            self.divergence.after_step(norm)
+        interval.pause()
+        return self.telemetry.reading(interval)
+
+    def rate(self, measured: Reading) -> float | None:
+        """Tokens per second per GPU; None where no step was timed."""
+        if not measured.timed_steps:
+            return None
+        tokens = measured.timed_steps * self.spec.optim.batch_tokens
+        return tokens / measured.seconds / self.spec.system.n_gpus
 
     def train_step(self, interval: Interval) -> tuple[Tensor, float]:
         """One optimizer step; this rank's losses summed, on the device, and the gradient norm."""
@@ -288,10 +299,7 @@ class Run:
     def progress(self, measured: Reading, val_loss: float | None, diverged: str) -> Progress:
         """The report of the present step; `diverged` says why the run is lost, if it is."""
         spec = self.spec
-        tokens_per_s = None
-        if measured.timed_steps:
-            tokens = measured.timed_steps * spec.optim.batch_tokens
-            tokens_per_s = tokens / measured.seconds / spec.system.n_gpus
+        tokens_per_s = self.rate(measured)
         status: Status = "running"
         if diverged:
             status = "diverged"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from thriftlm import catalog
 from thriftlm.spec import InputError, SystemSpec
@@ -90,18 +90,31 @@ def needs_group(system: SystemSpec, world_size: int) -> bool:
 
 
 def _init_group(device: torch.device, started: int) -> None:
-    """Join the processes that `torchrun` started; a process alone makes a group of one.
-
-    On CUDA gloo serves beside NCCL: offloaded state is reduced in host memory.
-    """
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    device_id = None if device.type == "cpu" else device
+    """Join the processes that `torchrun` started; a process alone makes a group of one."""
     if started > 1:
-        dist.init_process_group(backend, device_id=device_id)
+        dist.init_process_group(backend_of(device), device_id=_bound(device))
     else:
-        dist.init_process_group(
-            backend, store=HashStore(), rank=0, world_size=1, device_id=device_id
-        )
+        join_again(Ranks(0, 1, device), HashStore())
+
+
+def join_again(ranks: Ranks, store: Store) -> None:
+    """Make the process group of known ranks; the store has held none before."""
+    dist.init_process_group(
+        backend_of(ranks.device),
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=_bound(ranks.device),
+    )
+
+
+def backend_of(device: torch.device) -> str:
+    """On CUDA gloo serves beside NCCL: offloaded state is reduced in host memory."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def _bound(device: torch.device) -> torch.device | None:
+    return None if device.type == "cpu" else device
 
 
 def _device(system: SystemSpec) -> torch.device:

@@ -275,5 +275,5 @@ class WithoutProbes(Factored):
 class WithoutConfirmation(Factored):
     """The winner is believed as it stands."""
 
-    def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
+    def _to_confirm(self, state: SearchState, is_last: bool) -> str | None:
         return None

@@ -56,6 +56,8 @@ def show(result: SearchResult, sitting: Sitting, console: Console) -> None:
     console.print(f"{len(result.trials)} trials ({counts}), spent {spent}", soft_wrap=True)
     if result.best is None:
         console.print("\nno trial gave a loss that can be scored")
+        for sentence in result.learned:
+            console.print(f"  - {sentence}", soft_wrap=True, markup=False)
     else:
         show_best(result.best, sitting.space, console)
         for sentence in sentences(result):

@@ -7,10 +7,9 @@ uninterrupted one would have: its randomness comes from the seed and the number 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 
 from thriftlm.search.domains import contains
 from thriftlm.search.journal import Event
@@ -19,6 +18,9 @@ from thriftlm.search.scoring import FEW_SAMPLES, score_trials
 from thriftlm.search.space import Rejected, Space
 from thriftlm.search.state import SearchState, TrialState
 from thriftlm.spec import RunSpec, SystemSpec, digest, identity
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 MAX_DRAWS = 2_000
 """Draws in a row without a new valid point after which a space counts as exhausted."""
@@ -63,6 +65,8 @@ def tpe(space: Space, state: SearchState) -> Iterator[Proposal]:
     Trials that gave no score enter as failures; running ones as their predicted score so far.
     Where the estimator keeps proposing points that are tried or invalid, independent draws follow.
     """
+    import optuna  # a second, which a search by another algorithm need not wait for
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: d.distribution() for name, d in space.domains.items()}
     history = _history(space, state, distributions)
@@ -170,7 +174,10 @@ def _is_inside(space: Space, trial: TrialState) -> bool:
 
 def _history(
     space: Space, state: SearchState, distributions: dict[str, Any]
-) -> list[optuna.trial.FrozenTrial]:
+) -> "list[FrozenTrial]":
+    from optuna.trial import TrialState as OptunaState
+    from optuna.trial import create_trial
+
     scores = score_trials(space, state, state.trials.values(), samples=FEW_SAMPLES)
     history = []
     for trial in state.trials.values():
@@ -185,11 +192,11 @@ def _history(
         elif not trial.has_ended:
             continue
         history.append(
-            optuna.trial.create_trial(
+            create_trial(
                 params={path: trial.point[path] for path in distributions},
                 distributions=distributions,
                 values=values,
-                state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,
+                state=OptunaState.COMPLETE if values else OptunaState.FAIL,
             )
         )
     return history

@@ -24,7 +24,7 @@ from thriftlm.search.space import Space
 from thriftlm.search.state import TrialState
 from thriftlm.search.stopping import StopRequests
 from thriftlm.search.storage import writable
-from thriftlm.spec import InputError, Progress, digest, identity
+from thriftlm.spec import InputError, Progress, RunSpec, digest, identity
 from thriftlm.timings import Timing
 
 ENVIRONMENT = {
@@ -341,8 +341,15 @@ def refuse_unfitting(space: Space, capacity: Capacity) -> None:
     """Make sure that something of the space fits the cluster.
 
     Raises:
-        InputError: no system of the space does.
+        InputError: no system of the space does, or not that of an entry of `start_from`.
     """
+    for number, start in enumerate(space.starts):
+        run = space.resolve(start.point, space.search.seed)
+        if isinstance(run, RunSpec) and not capacity.can_ever_hold(run.system):
+            raise InputError(
+                f"start_from[{number}] wants {run.system.n_gpus} x {run.system.gpu}, which the "
+                "cluster does not have; give it another system, or leave the entry out"
+            )
     if not any(capacity.can_ever_hold(system) for system in space.systems()):
         raise InputError(
             "no system of this space fits the cluster, which has "

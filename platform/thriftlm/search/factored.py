@@ -87,26 +87,34 @@ class Factored(Learner):
 
     def resume(self, state: SearchState, is_last: bool) -> str | None:
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
-        may_go_on = self.standing.may_go_on
-        at = ((self.places[t.trial_id][0], t.trial_id) for t in state.paused)
-        paused = {recipe: trial_id for recipe, trial_id in at if may_go_on[recipe]}
-        known = {} if is_last else self.taught.not_run_here(state)
-        known = {recipe: trial_id for recipe, trial_id in known.items() if may_go_on[recipe]}
-        if not paused and not known:
+        if not state.paused and (is_last or not self.taught.places):
             return None
         is_last = is_last or not len(self._untried())
-        if winner := self._to_confirm(state, known | paused, is_last):
+        if winner := self._to_confirm(state, is_last):
             return winner
-        return self._promoted(state, paused)
+        return self._promoted(state)
 
-    def _to_confirm(self, state: SearchState, paused: dict[int, str], is_last: bool) -> str | None:
+    def _waits(self, recipe: int, state: SearchState) -> str | None:
+        """The paused trial of a recipe that may go on, where none of it is running."""
+        trials = [state.trials[trial_id] for trial_id in self.trials_of[recipe]]
+        if not self.standing.may_go_on[recipe] or any(trial.is_running for trial in trials):
+            return None
+        return next((trial.trial_id for trial in trials if trial.is_paused), None)
+
+    def _to_confirm(self, state: SearchState, is_last: bool) -> str | None:
         leader = self.leader(state)
-        if leader is None or self.places[leader][0] not in paused:
+        if leader is None or not self._may_be_confirmed(state, leader, is_last):
             return None
         missing, price = self._to_be_confirmed(state, leader)
         if missing <= 0:
             return None
         return leader if is_last or self._left(state) < RESERVE * price else None
+
+    def _may_be_confirmed(self, state: SearchState, leader: str, is_last: bool) -> bool:
+        recipe = self.places[leader][0]
+        if state.trials[leader].is_only_known:  # a new trial here
+            return not is_last and bool(self.standing.may_go_on[recipe])
+        return self._waits(recipe, state) is not None
 
     def _to_be_confirmed(self, state: SearchState, leader: str) -> tuple[float, float]:
         """Tokens that the leader lacks to be believed, and what they cost."""
@@ -127,22 +135,19 @@ class Factored(Learner):
         costs = self.systems.costs(int(self.menu.shape_of[recipe]))
         return float(costs.usd_per_token(self.menu.usd_per_hour)[system])
 
-    def _promoted(self, state: SearchState, paused: dict[int, str]) -> str | None:
+    def _promoted(self, state: SearchState) -> str | None:
         """Of the highest rung that has one: a trial among the best third that waits there."""
         tried = self._usable()
         if not len(tried):
             return None
         levels, scores = self.standing.level[tried], self._ranking(tried)
-        may = np.zeros(len(self.menu.recipes), bool)
-        may[list(paused)] = True
-        may[[self.places[t.trial_id][0] for t in state.running]] = False
         for level in np.unique(levels)[::-1]:
             reached = np.flatnonzero(levels >= level)
             best = reached[np.argsort(scores[reached], kind="stable")]
             kept = best[: len(reached) // self.space.search.fidelity.factor]
-            going_on = kept[(levels[kept] == level) & may[tried[kept]]]
-            if len(going_on):
-                return paused[int(tried[going_on[0]])]
+            for recipe in tried[kept[levels[kept] == level]].tolist():
+                if waiting := self._waits(recipe, state):
+                    return waiting
         return None
 
     def _ranking(self, tried: NDArray[np.intp]) -> Floats:

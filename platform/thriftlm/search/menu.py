@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,12 +139,12 @@ class Menu:
         `log_d`: of the tokens that the budget buys each; `log_early`: of those in which runs begin.
         """
         numbers, words = self.raw
-        log_n = self.log_n[recipes]
-        laws = [step_law(n, d) for n, d in np.exp(np.column_stack([log_n, log_d])).tolist()]
-        u = self.log_rate[recipes] - np.log([law.lr for law in laws])
-        v = self.log_batch[recipes] - np.log([law.batch_tokens for law in laws])
+        raw, words, log_n = numbers[recipes], words[recipes], self.log_n[recipes]
+        law: Any = step_law(cast(Any, np.exp(log_n)), cast(Any, np.exp(log_d)))  # power laws
+        u = self.log_rate[recipes] - np.log(law.lr)
+        v = self.log_batch[recipes] - np.log(law.batch_tokens)
         early = np.full(len(recipes), log_early)
-        return Features(numbers[recipes], words[recipes], log_n, log_d, early, u, v)
+        return Features(raw, words, log_n, log_d, early, u, v)
 
     def most_of_recipes(self, of_shapes: Floats) -> Floats:
         """Per recipe the most that its shape has on the systems it may be tried on (R,)."""

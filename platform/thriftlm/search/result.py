@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from thriftlm.search import lessons
 from thriftlm.search.confidence import Confidence, Judge, StartComparison
 from thriftlm.search.hypervolume import over_time
 from thriftlm.search.measured_systems import on_best_system
@@ -107,6 +108,8 @@ class SearchResult(Spec):
     hypervolume: list[tuple[float, float]] | None = None
     """For the objective `pareto`: dollars spent and area that the trials so far dominate, at the
     end of each trial; see `search.hypervolume`."""
+    learned: list[str] = Field(default_factory=list)
+    """Where there is no answer: how trials ended, what that says, and what to try, in sentences."""
     trials: list[TrialRow]
     """All trials, best first, then those without a score."""
 
@@ -132,6 +135,7 @@ def answer(space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Sc
         start_from=judge.against_starts(),
         pareto=[trial_id for trial_id in order if scores[trial_id].pareto],
         hypervolume=over_time(stand) if space.objective_name == "pareto" else None,
+        learned=[] if order else lessons.learned(space, state),
         trials=rows,
     )
     return result, scores

@@ -16,7 +16,7 @@ from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.asha import rung_reached, survives
 from thriftlm.search.curve_model import Features
 from thriftlm.search.factored import Factored
-from thriftlm.search.journal import Ended, Event, Reported, Suggested
+from thriftlm.search.journal import Ended, Event, Reported
 from thriftlm.search.section import Rejected
 from thriftlm.search.space import Space
 from thriftlm.search.state import SearchState, TrialState
@@ -105,56 +105,47 @@ class Expert(Raw):
 
     def __init__(self, space: Space, asha: bool) -> None:
         super().__init__(space, "tpe", asha)
-        self.price: dict[str, float] = {}
-        self.probed: list[dict[str, Any]] = []
+        self.has_probed = False
 
     def propose(self, state: SearchState) -> Iterator[Proposal]:
-        if len(state.trials) < PROBES:
-            yield from self._probe(state)
+        if not self.has_probed and (next_one := probe(self.space, state)):
+            yield next_one
             return
-        if not self.fixed:
-            self.fixed = probed_best(self.space, state)
+        if not self.has_probed:
+            self.has_probed, self.fixed = True, probed_best(self.space, state)
         yield from super().propose(state)
 
-    def _probe(self, state: SearchState) -> Iterator[Proposal]:
-        yield from probe(self.space, state, self.rng)
-
     def pause(self, trial: TrialState) -> str | None:
-        if trial.number < PROBES:
-            return "probe: timed"
-        return super().pause(trial)
+        return super().pause(trial) if self.has_probed else "probe: timed"
 
 
-def probe(space: Space, state: SearchState, rng: np.random.Generator) -> Iterator[Proposal]:
+def probe(space: Space, state: SearchState) -> Proposal | None:
     """The next probe: one recipe, systems spread over cards and gangs by the expert's habit.
 
     Memory is what an expert knows beforehand: he takes the fused kernel and a small micro batch.
+    Where the table lacks the recipe on a system, another recipe is timed there.
     """
-    del rng
+    if len(state.trials) >= PROBES:
+        return None
     runs = space.runs  # type: ignore[attr-defined]
     middle = sorted(range(len(runs.recipes)), key=lambda r: str(runs.recipes[r]))
-    recipe = runs.recipes[middle[len(middle) // 2]]
-    cards = dict.fromkeys(s["system.gpu"] for s in runs.systems)
-    gangs = (8, 1, 16, 4)
+    usual = middle[len(middle) // 2]
+    habits = {"system.n_gpus": (8, 1, 16, 4), "system.gpu": (), "system.micro_batch": (8, 4)}
+    there = {key: list(dict.fromkeys(s[key] for s in runs.systems)) for key in habits}
+    tried = {key: [x for x in usual if x in there[key]] for key, usual in habits.items()}
     done = {tuple(t.point.values()) for t in state.trials.values()}
-    for gang, card, micro in itertools.product(gangs, cards, (8, 4)):
-        for one in runs.systems:
-            wanted = {
-                "system.gpu": card,
-                "system.n_gpus": gang,
-                "system.micro_batch": micro,
-                "system.attention": "flash",
-            }
-            if any(one[key] != value for key, value in wanted.items()):
-                continue
-            point = {path: {**recipe, **one}[path] for path in space.domains}
-            if tuple(point.values()) in done:
-                break
-            run = space.resolve(point, 0)
-            if not isinstance(run, Rejected):
-                yield Proposal(point, run)
-                return
-            break
+    for values in itertools.product(*(tried[key] or there[key] for key in habits)):
+        wanted = dict(zip(habits, values, strict=True)) | {"system.attention": "flash"}
+        fits = [all(s.get(k, v) == v for k, v in wanted.items()) for s in runs.systems]
+        recorded = np.flatnonzero(np.array(fits)[runs.system])
+        if not len(recorded):
+            continue
+        here = recorded[runs.recipe[recorded] == usual]
+        point = space.point(int((here if len(here) else recorded)[0]))  # type: ignore[attr-defined]
+        run = space.resolve(point, 0)
+        if tuple(point.values()) not in done and not isinstance(run, Rejected):
+            return Proposal(point, run)
+    return None
 
 
 def probed_best(space: Space, state: SearchState) -> dict[str, Any]:
@@ -173,31 +164,25 @@ class OurExpert(Factored):
 
     def __init__(self, space: Space) -> None:
         super().__init__(space)
-        self.rng = np.random.default_rng(space.search.seed)
-        self.probes: set[str] = set()
-        self.numbers: list[str] = []
         self.fixed: int | None = None
+        self.has_probed = False
 
-    def observe(self, event: Event) -> None:
-        if isinstance(event, Suggested) and len(self.numbers) < PROBES:
-            self.numbers.append(event.trial_id)
-        if isinstance(event, Ended) and event.trial_id in self.numbers:
-            self.probes.add(event.trial_id)
-        super().observe(event)
+    def probe(self, state: SearchState) -> Proposal | None:
+        return None
 
     def propose(self, state: SearchState) -> Iterator[Proposal]:
-        if len(state.trials) < PROBES:
-            yield from probe(self.space, state, self.rng)
+        if not self.has_probed and (next_one := probe(self.space, state)):
+            yield next_one
             return
-        if self.fixed is None:
-            best = probed_best(self.space, state)
-            self.fixed = self.menu.system_at[tuple(best[p] for p in self.menu.system_paths)]
+        if not self.has_probed:
+            self.has_probed, best = True, probed_best(self.space, state)
+            systems = enumerate(self.menu.systems)
+            same = (s for s, x in systems if best and all(best[p] == v for p, v in x.items()))
+            self.fixed = next(same, None)
         yield from super().propose(state)
 
     def pause(self, trial: TrialState) -> str | None:
-        if trial.trial_id in self.numbers:
-            return "probe: timed"
-        return super().pause(trial)
+        return super().pause(trial) if self.has_probed else "probe: timed"
 
     def _system(self, recipe: int, rng: np.random.Generator) -> int | None:
         found = super()._system(recipe, rng)

@@ -7,15 +7,18 @@ What is counted: dollars, in training budgets B, from which the incumbent's true
 stays within 1% of the table's best for the next half B. A search that never gets there within its
 search budget counts as more than that. The loss takes the recipe's best system of the table for
 granted; how much dearer per token the best one is that was measured is a column of its own. All
-arms start trials one at a time and pay 60 s of start-up per trial. `--arm` and `--world` select,
-`--json` writes what every search did.
+arms start trials one at a time and pay 60 s of start-up per trial. With `--budgets 0.1 0.3 1`
+searches have that little to spend, and what they answer in the end is shown. `--arm` and `--world`
+select, `--json` collects what every search did.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from thriftlm.search.factored import Factored
 from thriftlm.search.recorded_table import RecordedSpace, Truth, read_runs, truth_of
 from thriftlm.search.simulate import SimulatedSearch, simulate
 from thriftlm.search.space import load_space
+from thriftlm.spec import InputError
 
 TOLERANCE, STAYS = 0.01, 0.5
 CHECKPOINTS = (0.1, 0.3, 1.0)
@@ -50,21 +54,25 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "without confirmation": rivals.WithoutConfirmation,
     "without probes": rivals.WithoutProbes,
 }
-PRODUCT = ("random", "optuna")
-"""As `simulate --algorithm` has them: with our objective, and asha on predicted loss."""
+PRODUCT = {"--algorithm random": "random", "--algorithm optuna": "optuna"}
+"""As `simulate` has them: ranked by our predicted loss, optuna with asha on it."""
 
 
-def held(folder: Path, world: str, search_budgets: float) -> tuple[RecordedSpace, Truth, float]:
-    """A world with its truth and training budget, the search budget set."""
+def read_world(folder: Path, world: str) -> tuple[RecordedSpace, Truth, float]:
+    """A world with its truth and training budget."""
     space = load_space(folder / f"{world}.yaml")
     budget = space.training_budget.usd
     assert budget is not None
-    space.search_budget = space.search_budget.model_copy(
-        update={"usd": search_budgets * budget, "trials": None}
-    )
     table = folder / f"{world}.parquet"
     runs = read_runs(table, space)
     return RecordedSpace(space, runs), truth_of(runs, space, table), budget
+
+
+def with_budget(space: RecordedSpace, usd: float) -> RecordedSpace:
+    """The same world for a search that may spend so much."""
+    other = copy(space)
+    other.search_budget = space.search_budget.model_copy(update={"usd": usd, "trials": None})
+    return other
 
 
 def solved_at(found: SimulatedSearch, budget: float) -> float:
@@ -86,51 +94,125 @@ def excess_at(found: SimulatedSearch, budget: float, share: float) -> float:
 
 
 def searches(
-    folder: Path, worlds: Sequence[str], arms: Sequence[str], seeds: int, budgets: float
+    folder: Path, worlds: Sequence[str], arms: Sequence[str], seeds: int, budgets: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
     """One record per search."""
     for world in worlds:
-        space, truth, budget = held(folder, world, budgets)
-        for arm in arms:
-            for seed in range(seeds):
-                since = time.perf_counter()
-                algorithm = arm.removeprefix("--algorithm ")
-                made = {} if algorithm in PRODUCT and arm != algorithm else {"searcher": ARMS[arm]}
-                name = "factored" if made else algorithm
-                found = simulate(space, truth, name, seed, **made)  # type: ignore[arg-type]
-                yield {
-                    "world": world,
-                    "arm": arm,
-                    "seed": seed,
-                    "solved": solved_at(found, budget),
-                    "excess": [excess_at(found, budget, share) for share in CHECKPOINTS],
-                    "final": excess_at(found, budget, np.inf),
-                    "system": found.system_regret,
-                    "spent": found.spent_usd / budget,
-                    "trials": found.trials,
-                    "seconds": time.perf_counter() - since,
-                }
+        space, truth, budget = read_world(folder, world)
+        for arm, share, seed in itertools.product(arms, budgets, range(seeds)):
+            since = time.perf_counter()
+            found = searched(with_budget(space, share * budget), truth, arm, seed)
+            yield {
+                "world": world,
+                "arm": arm,
+                "seed": seed,
+                "budgets": share,
+                "solved": solved_at(found, budget) if found else np.inf,
+                "excess": [
+                    excess_at(found, budget, at) if found else np.inf
+                    for at in (*CHECKPOINTS, np.inf)
+                ],
+                "system": found.system_regret if found else None,
+                "trials": found.trials if found else 0,
+                "seconds": time.perf_counter() - since,
+            }
 
 
-def table(records: Sequence[dict[str, Any]], budgets: float) -> str:
-    """Medians by world and arm."""
+def searched(space: RecordedSpace, truth: Truth, arm: str, seed: int) -> SimulatedSearch | None:
+    """One search; None where the budget bears no trial."""
+    try:
+        if arm in PRODUCT:
+            return simulate(space, truth, PRODUCT[arm], seed)
+        return simulate(space, truth, "factored", seed, searcher=ARMS[arm])
+    except InputError:
+        return None
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Medians by world and arm: of whole searches, then of those with little to spend."""
+    whole = [r for r in records if r["budgets"] > max(CHECKPOINTS)]
     heads = ["world", "arm", "B to 1%", "quartiles", "solved"]
     heads += [f"excess at {share:g} B" for share in CHECKPOINTS]
     heads += ["excess USD per token", "trials", "s per search"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for world, arm in dict.fromkeys((r["world"], r["arm"]) for r in records):
-        mine = [r for r in records if (r["world"], r["arm"]) == (world, arm)]
+    lines = _head(heads)
+    for (world, arm), mine in _groups(whole):
+        most = mine[0]["budgets"]
         solved = np.sort([r["solved"] for r in mine])
-        low, middle, high = (_shown(_quantile(solved, q), budgets) for q in (0.25, 0.5, 0.75))
-        excess = np.median([r["excess"] for r in mine], axis=0)
+        low, middle, high = (_shown(_quantile(solved, q), most) for q in (0.25, 0.5, 0.75))
         cells = [world, arm, middle, f"{low} to {high}"]
         cells.append(f"{np.isfinite(solved).sum()} of {len(mine)}")
-        cells += ["none yet" if np.isinf(x) else f"{x:.2%}" for x in excess]
-        systems = [r["system"] for r in mine if r["system"] is not None]
+        cells += [_excess(mine, i) for i in range(len(CHECKPOINTS))]
+        systems = [r["system"] for r in mine if r.get("system") is not None]
         cells.append(f"{np.median(systems):.0%}" if systems else "none")
         cells += [f"{np.median([r[key] for r in mine]):.1f}" for key in ("trials", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
+    small = [r for r in records if r["budgets"] <= max(CHECKPOINTS)]
+    if small:
+        shares = sorted({r["budgets"] for r in small})
+        lines += ["", *_head(["world", "arm", *(f"search budget {s:g} B" for s in shares)])]
+    for (world, arm), mine in _groups(small):
+        cells = [_excess([r for r in mine if r["budgets"] == s], -1) for s in shares]
+        lines.append(f"| {' | '.join([world, arm, *cells])} |")
     return "\n".join(lines)
+
+
+TARGETS = {
+    "random": 10.0,
+    "optuna joint + ASHA": 6.0,
+    "expert, Optuna": 3.0,
+    "expert, Optuna + ASHA": 3.0,
+    "expert, our learner": 1 / 1.1,
+}
+"""Times the dollars of the factored search that a rival must need."""
+BY = 1.5
+"""Training budgets by which the factored search must be within the tolerance."""
+
+
+def targets(records: Sequence[dict[str, Any]]) -> str:
+    """What rivals need over what the factored search needs, medians; what misses is bold."""
+    lines = _head(["world", *TARGETS, "within 1% at"])
+    whole = [r for r in records if r["budgets"] > max(CHECKPOINTS)]
+    by = dict(_groups(whole))
+    for world in dict.fromkeys(r["world"] for r in whole):
+        ours, limit = _needed(by[world, "factored"])
+        cells = []
+        for arm, least in TARGETS.items():
+            theirs, most = _needed(by.get((world, arm), []))
+            if np.isinf(ours):
+                cells.append("**missed**")
+            elif np.isinf(theirs):
+                times = most / ours
+                cells.append(f"> {times:.2g}x" if times >= least else f"**> {times:.2g}x, open**")
+            else:
+                times = theirs / ours
+                cells.append(f"{times:.2g}x" if times >= least else f"**{times:.2g}x, missed**")
+        at = f"{ours:.2f} B" if np.isfinite(ours) else f"> {limit:g} B"
+        cells.append(at if ours <= BY else f"**{at}, missed**")
+        lines.append(f"| {' | '.join([world, *cells])} |")
+    return "\n".join(lines)
+
+
+def _needed(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Median training budgets to the tolerance, and how many the search had."""
+    if not records:
+        return float("nan"), float("nan")
+    return _quantile(np.sort([r["solved"] for r in records]), 0.5), records[0]["budgets"]
+
+
+def _head(heads: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+
+
+def _groups(records: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Any]]]:
+    for key in dict.fromkeys((r["world"], r["arm"]) for r in records):
+        yield key, [r for r in records if (r["world"], r["arm"]) == key]
+
+
+def _excess(records: Sequence[dict[str, Any]], place: int) -> str:
+    if not records:
+        return ""
+    middle = _quantile(np.sort([r["excess"][place] for r in records]), 0.5)
+    return "no answer" if np.isinf(middle) else f"{middle:.2%}"
 
 
 def _quantile(ordered: Any, q: float) -> float:
@@ -147,26 +229,23 @@ def main() -> None:
     parser.add_argument("--world", action="append")
     parser.add_argument("--arm", action="append")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--budgets", type=float, default=3.0, help="search budget in B")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4.0], help="in B")
+    parser.add_argument("--json", type=Path, help="records, added to those that are there")
+    parser.add_argument("--report", action="store_true", help="only the tables of --json")
     given = parser.parse_args()
-    worlds = given.world or sorted(path.stem for path in given.folder.glob("*.yaml"))
-    records = []
-    for record in searches(
-        given.folder, worlds, given.arm or list(ARMS), given.seeds, given.budgets
-    ):
-        records.append(record)
-        print(
-            record["world"],
-            record["arm"],
-            record["seed"],
-            f"{record['solved']:.2f}",
-            f"{record['seconds']:.1f}s",
-            file=sys.stderr,
-        )
-        if given.json:
-            given.json.write_text(json.dumps(records))
-    print(table(records, given.budgets))
+    records = json.loads(given.json.read_text()) if given.json and given.json.exists() else []
+    if not given.report:
+        worlds = given.world or sorted(path.stem for path in given.folder.glob("*.yaml"))
+        arms = given.arm or [*ARMS, *PRODUCT]
+        for record in searches(given.folder, worlds, arms, given.seeds, given.budgets):
+            records.append(record)
+            words = [str(record[key]) for key in ("world", "arm", "budgets", "seed")]
+            print(*words, f"{record['solved']:.2f} {record['seconds']:.1f}s", file=sys.stderr)
+            if given.json:
+                given.json.write_text(json.dumps(records))
+    if {r["arm"] for r in records} >= {"factored", *TARGETS}:
+        print(targets(records), end="\n\n")
+    print(table(records))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class Factored(Learner):
         """The paused trial to go on with: one of the best third at its rung, or the winner."""
         if not state.paused and (is_last or not self.taught.places):
             return None
+        is_last = is_last or not len(self._untried())
         if winner := self._to_confirm(state, is_last):
             return winner
         return self._promoted(state)
@@ -184,22 +185,26 @@ class Factored(Learner):
         """New trials, best first."""
         rng = np.random.default_rng([self.space.search.seed, len(state.trials)])
         self.is_warm = self._warm(state)
-        still_open = np.zeros(len(self.menu.recipes), bool)
-        still_open[list(self.taught.open)] = True
-        taken = (self.standing.trials > 0) | (self.standing.is_known & ~still_open)
-        left = np.flatnonzero(~taken & self.runs_somewhere)
+        left = self._untried()
         if not len(left):
             return
         drawn = rng.permutation(left)[: min(CANDIDATES, -(-2 * len(left) // 3))]
         best = drawn[np.argsort(-self._worth(drawn, state), kind="stable")][:PROPOSED].tolist()
-        believed = self._ranked()[:1] if still_open.any() else []
-        wanted = [r for r in believed if not taken[r]]  # known, and not run in this space yet
+        believed = self._ranked()[:1] if self.taught.open else []
+        wanted = [r for r in believed if r in left]  # known, and not run in this space yet
         for recipe in [*wanted, *best]:
             run, system = None, self._system(recipe, rng)
             while system is not None and (run := self.menu.resolve(recipe, system)) is None:
                 system = self._system(recipe, rng)
             if run is not None and system is not None and run.trial_id not in state.trials:
                 yield Proposal(self.menu.point(recipe, system), run)
+
+    def _untried(self) -> NDArray[np.intp]:
+        """Recipes that may be proposed: nothing is known of them, and no trial may still tell."""
+        still_open = np.zeros(len(self.menu.recipes), bool)
+        still_open[list(self.taught.open)] = True
+        taken = (self.standing.trials > 0) | (self.standing.is_known & ~still_open)
+        return np.flatnonzero(~taken & self.runs_somewhere)
 
     def _worth(self, candidates: NDArray[np.intp], state: SearchState) -> Floats:
         """Expected improvement over the leader per price, of each candidate."""

@@ -12,7 +12,8 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
 HALF := tests/gpu tests/training
-## half of the tests by time: the suite takes two cores, and Ray's tests must not meet each other
+## half of the tests by time: the suite takes two cores, and Ray's tests must not meet each other;
+## `set -m`, because a shell's background jobs otherwise ignore Ctrl-C, and a test sends one
 
 PIP_PROGRESS = \
   /^(Collecting|Processing)/ { if (++found % 20 == 0) print "    " found " packages found" } \
@@ -41,8 +42,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "==> $(HALF) beside everything else, which is shown first"
-	@log=$$(mktemp); \
+	@set -m; log=$$(mktemp); \
 	$(BIN)/python -m pytest -p no:cacheprovider $(HALF) >$$log 2>&1 & half=$$!; \
+	trap 'kill -INT -- -$$half 2>/dev/null' EXIT; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(HALF)); rest=$$?; \
 	wait $$half; first=$$?; cat $$log; rm $$log; exit $$((first || rest))
 

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-HALF := tests/gpu tests/training
+HALF := tests/gpu tests/models tests/release tests/training
 ## half of the tests by time: the suite takes two cores, and Ray's tests must not meet each other;
 ## `set -m`, because a shell's background jobs otherwise ignore Ctrl-C, and a test sends one
 

@@ -94,6 +94,7 @@ def listen(exchange: Any, trial_id: str, host: Any) -> Outcome:
         news = exchange.news.remote(trial_id)
         ready, _ = ray.wait([news, host])
         if news not in ready:
+            ray.cancel(news)  # else it would take what the trial's next gang reports
             return LOST
         for one in ray.get(news):
             if "outcome" in one:

@@ -188,7 +188,7 @@ class DeskScheduler(Unpickled, FIFOScheduler):
         self.desk.end(trial.config["trial_id"], **outcome)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The Tune trial itself broke: a failure, not the end of the search, nor of its gang yet."""
+        """The Tune trial itself broke, not its gang: a failure, not the end of the search."""
         exchange = self.turn.hosts.exchange
         exchange.stop.remote(trial.config["trial_id"])
         exchange.dismiss.remote(trial.config["gang"])

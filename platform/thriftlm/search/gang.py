@@ -30,6 +30,8 @@ TRIAL_RESOURCES = tune.PlacementGroupFactory([ON_THE_HEAD])
 """What a Tune trial itself holds; its workers hold the gang's resources."""
 JOB = ("run", "trial_id", "systems", "known_tokens", "until_tokens", "folder")
 """What of a trial's configuration its workers are told."""
+LAST_WORD_SECONDS = 5.0
+"""Between what a gang says last and when it is heard."""
 LOST: Outcome = {"status": "lost", "reason": "its gang was gone", "checkpoint": None, "broke": ""}
 """How a trial ends that has to wait for another gang."""
 OUTCOME = "outcome"
@@ -92,8 +94,9 @@ def listen(exchange: Any, trial_id: str, host: Any) -> Outcome:
     """How a trial ended; its reports are passed on to Tune as they come."""
     while True:
         news = exchange.news.remote(trial_id)
-        ready, _ = ray.wait([news, host])
-        if news not in ready:
+        ray.wait([news, host])
+        ready, _ = ray.wait([news], timeout=LAST_WORD_SECONDS)  # of a gang that has just ended
+        if not ready:
             ray.cancel(news)  # else it would take what the trial's next gang reports
             return LOST
         for one in ray.get(news):

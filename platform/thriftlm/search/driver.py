@@ -59,6 +59,7 @@ class Hosts:
     def __init__(self, exchange: Any, folder: Path, cache: Path) -> None:
         self.exchange, self.folder, self.cache = exchange, str(folder), str(cache)
         self.live: dict[str, ray.ObjectRef[None]] = {}
+        self.dismissed: set[str] = set()
 
     def serving(self, trial: TrialState) -> dict[str, Any]:
         """What the Tune trial is told of its gang, which is started where it does not live."""
@@ -77,8 +78,9 @@ class Hosts:
 
     def settle(self, desk: Desk, patience_seconds: float = 0.0) -> None:
         """Dismiss the gangs that the desk lets go, and tell it of those that have ended."""
-        for name in desk.gangs_to_dismiss():
+        for name in set(desk.gangs_to_dismiss()) - self.dismissed:
             self.exchange.dismiss.remote(name)
+            self.dismissed.add(name)
         refs = {ref: name for name, ref in self.live.items()}
         if not refs:
             return

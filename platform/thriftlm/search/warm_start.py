@@ -11,7 +11,6 @@ from thriftlm.search.journal import KnownRun
 from thriftlm.search.menu import Menu
 from thriftlm.search.objective import LossUnit, curve_of, loss_of
 from thriftlm.search.standing import Record
-from thriftlm.search.state import SearchState
 from thriftlm.spec import Progress
 
 
@@ -35,11 +34,6 @@ class HeadStart:
         """Recipes whose loss is known and that still need a system of the space to run on."""
         tried = {recipe for trial, (recipe, _) in self.places.items() if trial not in self.failed}
         return {r for r, x in self.records.items() if not x.diverged} - tried
-
-    def not_run_here(self, state: SearchState) -> dict[int, str]:
-        """Trials that only earlier searches have run, by recipe."""
-        known = ((r, t) for t, (r, _) in self.places.items())
-        return {recipe: trial for recipe, trial in known if state.trials[trial].is_only_known}
 
 
 def head_start(menu: Menu, runs: Sequence[KnownRun], unit: LossUnit) -> HeadStart:

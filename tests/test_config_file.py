@@ -2,8 +2,8 @@ import pytest
 from pydantic import Field, PositiveInt
 
 from thriftlm.config_file import DOMAIN_NAMES, ConfigFile, space_files
-from thriftlm.search.derived import parse_derived
-from thriftlm.search.domains import DOMAINS
+from thriftlm.search.spaces.derived import parse_derived
+from thriftlm.search.spaces.domains import DOMAINS
 from thriftlm.spec import InputError, RunSpec, Spec
 
 

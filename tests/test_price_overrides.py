@@ -16,7 +16,7 @@ from thriftlm.prices import (
     snapshot_id,
     usd_per_hour,
 )
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import InputError, SystemSpec
 from thriftlm_models.config import ModelSpec
 

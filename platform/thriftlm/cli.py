@@ -133,8 +133,8 @@ def search(
     A finished search prints its answer again.
     """
     from thriftlm.planning.machine import measured_machine
-    from thriftlm.search.space import load_space
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.storage import storage as storage_at
+    from thriftlm.search.spaces.space import load_space
 
     place = storage_at(storage)
     found = load_space(space, overrides, measured_machine(place.root))
@@ -232,7 +232,7 @@ def train(
     """
     from thriftlm.config_file import ConfigFile
     from thriftlm.review.single_run import branch, checkpoint_location, train_alone
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.storage import storage as storage_at
     from thriftlm.spec import RunSpec
 
     trunk = checkpoint_location(branch_from)
@@ -366,7 +366,7 @@ def spaces(as_json: Json = False) -> None:
 def doctor(storage: StorageOption = None, as_json: Json = False) -> None:
     """Show what this machine can run, and measure its arithmetic and memory."""
     from thriftlm.review.doctor import examine, show_examination
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.storage import storage as storage_at
 
     found = examine(storage_at(storage))
     emit(found) if as_json else show_examination(found)

@@ -14,7 +14,7 @@ from thriftlm.planning.cases import model_columns
 from thriftlm.planning.estimate import estimate, estimate_table
 from thriftlm.review.apple_study import SPACE, Study
 from thriftlm.review.space_estimates import estimate_space
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import SystemSpec
 from thriftlm_models.config import ModelSpec
 

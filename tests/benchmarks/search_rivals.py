@@ -14,13 +14,13 @@ import optuna
 from thriftlm.planning.law import Curve
 from thriftlm.search.algorithms import Proposal, Searcher
 from thriftlm.search.asha import rung_reached, survives
-from thriftlm.search.curve_model import Features
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import Ended, Event, Reported
-from thriftlm.search.section import Rejected
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState, TrialState
-from thriftlm.search.system_model import Fact
+from thriftlm.search.history.journal import Ended, Event, Reported
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.learning.curve_model import Features
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.learning.system_model import Fact
+from thriftlm.search.spaces.section import Rejected
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

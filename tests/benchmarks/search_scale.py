@@ -24,13 +24,13 @@ from thriftlm.config_file import ConfigFile
 from thriftlm.records import write_rows
 from thriftlm.search import algorithms
 from thriftlm.search.desk import Desk, Finished, Wait
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import Ended, Event, Released, Reported, Suggested, read
-from thriftlm.search.recorded_table import RecordedSpace, Truth, read_runs, truth_of
-from thriftlm.search.simulate import AS_RECORDED, MemoryJournal, desk_of, simulate
-from thriftlm.search.simulated_cluster import Clock
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState
+from thriftlm.search.history.journal import Ended, Event, Released, Reported, Suggested, read
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.simulation.simulate import AS_RECORDED, MemoryJournal, desk_of, simulate
+from thriftlm.search.simulation.simulated_cluster import Clock
+from thriftlm.search.spaces.recorded_table import RecordedSpace, Truth, read_runs, truth_of
+from thriftlm.search.spaces.space import Space
 
 LAYERS, BATCHES = (2, 4, 6, 8), (8192, 16384, 32768)
 SPEED = {("math", 1): 600.0, ("math", 2): 900.0, ("flash", 1): 1000.0, ("flash", 2): 1500.0}

@@ -27,10 +27,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import search_rivals as rivals
 
-from thriftlm.search.factored import Factored
-from thriftlm.search.recorded_table import RecordedSpace, Truth, read_runs, truth_of
-from thriftlm.search.simulate import SimulatedSearch, simulate
-from thriftlm.search.space import load_space
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.simulation.simulate import SimulatedSearch, simulate
+from thriftlm.search.spaces.recorded_table import RecordedSpace, Truth, read_runs, truth_of
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import InputError
 
 TOLERANCE, STAYS = 0.01, 0.5

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from thriftlm.search.journal import Allocated, Released, Suggested, read
+from thriftlm.search.history.journal import Allocated, Released, Suggested, read
 
 TRIALS = 12
 TARGET = 50.0

@@ -31,7 +31,7 @@ from thriftlm.planning.cases import model_columns
 from thriftlm.planning.estimate import estimate_table
 from thriftlm.review.apple_study import GPUS, MODELS, SPACE, Study, published, studies
 from thriftlm.review.space_estimates import estimate_space
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm_models.config import ModelSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

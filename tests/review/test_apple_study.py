@@ -18,7 +18,7 @@ from thriftlm.review.apple_comparison import compare
 from thriftlm.review.apple_report import paragraph, report, table
 from thriftlm.review.apple_study import FIGURES, GPUS, MODELS, SPACE, STRATEGIES, published, studies
 from thriftlm.review.space_estimates import estimate_space
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 
 PRICES = {"A100-40GB": 1.0, "A100-80GB": 1.46, "H100-80GB": 2.53}  # Table 1, average used
 

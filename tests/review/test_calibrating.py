@@ -12,7 +12,7 @@ import pytest
 from thriftlm.planning.constants import shipped
 from thriftlm.planning.estimate import estimate_runs
 from thriftlm.planning.machine import Machine, remember
-from thriftlm.search.journal import Allocated, Event, Reported, SearchStarted, Suggested
+from thriftlm.search.history.journal import Allocated, Event, Reported, SearchStarted, Suggested
 from thriftlm.spec import Progress, RunSpec
 
 MACHINE = Machine(

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 from thriftlm.review.drafts import Drafts
-from thriftlm.search.journal import Released, SearchStarted
+from thriftlm.search.history.journal import Released, SearchStarted
 
 
 def test_dollars_are_the_ledgers() -> None:

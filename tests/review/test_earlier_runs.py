@@ -12,7 +12,7 @@ from thriftlm.review.earlier_runs import taken_in
 from thriftlm.review.mlflow_runs import experiment_rows
 from thriftlm.review.session import Sitting, answered
 from thriftlm.review.tracking import MlflowWriter
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Event,
@@ -24,10 +24,10 @@ from thriftlm.search.journal import (
     SearchStarted,
     Suggested,
 )
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.space import Space, load_space
-from thriftlm.search.state import SearchState
-from thriftlm.search.storage import Storage
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.history.storage import Storage
+from thriftlm.search.spaces.space import Space, load_space
 from thriftlm.spec import InputError, Progress, RunSpec
 
 CHANGES = ("search.scheduler=asha", "search.fidelity={min_tokens: 20000, max_tokens: 180000}")

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from thriftlm.review.drafts import STEP_METRICS
 from thriftlm.review.mlflow_store import connect
 from thriftlm.review.tracking import MlflowWriter
-from thriftlm.search.journal import Reported, SearchStarted
+from thriftlm.search.history.journal import Reported, SearchStarted
 from thriftlm.spec import InputError, Progress
 
 

@@ -12,7 +12,8 @@ from thriftlm.review.live import LiveView
 from thriftlm.review.report import next_commands, program, show
 from thriftlm.review.session import Sitting
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.search.journal import (
+from thriftlm.search.answers.result import Best, SearchResult, row
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Event,
@@ -22,11 +23,10 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.search.objective import Score
-from thriftlm.search.result import Best, SearchResult, row
-from thriftlm.search.space import load_space
-from thriftlm.search.state import SearchState
-from thriftlm.search.storage import Storage
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.history.storage import Storage
+from thriftlm.search.scores.objective import Score
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import ModelSpec, OptimSpec, Progress, RunSpec, SystemSpec
 
 T0 = 1_700_000_000.0

@@ -3,8 +3,8 @@
 import json
 
 from thriftlm.records import read_columns
-from thriftlm.search.journal import Allocated, Journal, Reported, SearchStarted, Suggested
-from thriftlm.search.space import load_space
+from thriftlm.search.history.journal import Allocated, Journal, Reported, SearchStarted, Suggested
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import Progress
 
 

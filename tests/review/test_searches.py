@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thriftlm.search import result
-from thriftlm.search.journal import (
+from thriftlm.search.answers import result
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Journal,
@@ -23,9 +23,9 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.search.space import load_space
-from thriftlm.search.state import SearchState
-from thriftlm.search.stopping import StopRequests, driver_of, request_stop
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.history.stopping import StopRequests, driver_of, request_stop
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import Progress, RunSpec
 
 SPACE = load_space("quickstart", ["search_budget={usd: 0.5, trials: 6}", "search.scheduler=none"])

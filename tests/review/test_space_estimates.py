@@ -11,7 +11,7 @@ from thriftlm import prices
 from thriftlm.config_file import space_files
 from thriftlm.planning.estimate import estimate
 from thriftlm.review.space_estimates import estimate_space
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 
 ESTIMATES = ("tokens_per_s_per_gpu", "low", "high", "mfu", "peak_mem_gb", "usd_per_btok")
 
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(arguments, message, thriftlm):
 def test_a_space_is_estimated_without_torch_ray_and_mlflow():
     code = (
         "import sys; from thriftlm.review import space_estimates as s;"
-        "from thriftlm.search.space import load_space;"
+        "from thriftlm.search.spaces.space import load_space;"
         "s.estimate_space(load_space('apple_bottlenecks'), ['eager']).rows();"
         "print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
     )

@@ -3,9 +3,9 @@
 import pytest
 
 from thriftlm.review.sureness import against_rest, against_start, purchase, seeds, trained
-from thriftlm.search.confidence import Confidence, Confirmation, Repeats, StartComparison
-from thriftlm.search.next_dollars import NextDollars
-from thriftlm.search.result import SearchResult
+from thriftlm.search.answers.confidence import Confidence, Confirmation, Repeats, StartComparison
+from thriftlm.search.answers.next_dollars import NextDollars
+from thriftlm.search.answers.result import SearchResult
 
 CONFIRMED = Confirmation(tokens=1000, share=0.1, limit="max_tokens", missing_tokens=2333.0)
 SURE = Confidence(

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from thriftlm.config_file import ConfigFile
-from thriftlm.search.capacity import Capacity
+from thriftlm.search.cluster.capacity import Capacity
 from thriftlm.search.desk import Desk, Finished, Wait
-from thriftlm.search.journal import Journal, SearchStarted
-from thriftlm.search.space import Space
+from thriftlm.search.history.journal import Journal, SearchStarted
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress
 from thriftlm_models.counts import non_embedding_params
 

@@ -10,9 +10,9 @@ import pytest
 from thriftlm.search import algorithms
 from thriftlm.search.algorithms import ALGORITHMS
 from thriftlm.search.desk import Finished
-from thriftlm.search.journal import Ended, Suggested
-from thriftlm.search.space import Rejected
-from thriftlm.search.state import SearchState
+from thriftlm.search.history.journal import Ended, Suggested
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.spaces.space import Rejected
 
 SMALL = {"model": {"n_layers": [2, 4, 8]}, "optim": {"lr": [1e-3, 1e-2]}}
 

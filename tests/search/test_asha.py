@@ -3,8 +3,8 @@
 import pytest
 
 from thriftlm.search.asha import bracket, bracket_sizes, rung_reached, rungs_of, survives
-from thriftlm.search.journal import Reported, StopRequested
-from thriftlm.search.scoring import score_trials
+from thriftlm.search.history.journal import Reported, StopRequested
+from thriftlm.search.scores.scoring import score_trials
 
 RUNGS = (8192, 24576)  # of the base space: a ninth and a third of its 73728 tokens
 

@@ -5,9 +5,9 @@ import pytest
 
 from thriftlm import prices
 from thriftlm.search.budget import STOP_SECONDS, Budget
-from thriftlm.search.capacity import Capacity
-from thriftlm.search.journal import Allocated, Released, Reported
-from thriftlm.search.state import SearchState
+from thriftlm.search.cluster.capacity import Capacity
+from thriftlm.search.history.journal import Allocated, Released, Reported
+from thriftlm.search.history.state import SearchState
 
 CLUSTER = Capacity({"CPU": 64.0, "GPU:T4": 8.0, "GPU:A100": 16.0, "GPU:H100": 16.0})
 GPUS = ["cpu", "T4-16GB", "A100-80GB", "H100-80GB"]

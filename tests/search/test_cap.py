@@ -19,11 +19,11 @@ import recorded_world as world
 from thriftlm.records import write_rows
 from thriftlm.search import algorithms
 from thriftlm.search.budget import STOP_SECONDS
-from thriftlm.search.journal import Allocated, Released, Reported
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.simulate import MemoryJournal, desk_of, simulate
-from thriftlm.search.simulated_cluster import Clock, Conditions
-from thriftlm.search.spot import SpotTrace
+from thriftlm.search.history.journal import Allocated, Released, Reported
+from thriftlm.search.simulation.simulate import MemoryJournal, desk_of, simulate
+from thriftlm.search.simulation.simulated_cluster import Clock, Conditions
+from thriftlm.search.simulation.spot import SpotTrace
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.spec import InputError
 
 TOKENS = list(range(20_000, 600_001, 20_000))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from thriftlm.search.capacity import Capacity, needs
+from thriftlm.search.cluster.capacity import Capacity, needs
 from thriftlm.search.desk import Finished, Wait
-from thriftlm.search.journal import Allocated, Released
+from thriftlm.search.history.journal import Allocated, Released
 from thriftlm.spec import SystemSpec
 
 CLUSTER = Capacity({"CPU": 8.0, "GPU:H100": 4.0, "GPU:T4": 1.0})

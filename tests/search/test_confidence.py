@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from thriftlm import prices
-from thriftlm.search.capacity import Capacity
-from thriftlm.search.confidence import SEED_NOISE, Judge, seed_noise
-from thriftlm.search.hypervolume import hypervolume, spent_by
-from thriftlm.search.next_dollars import next_dollars
-from thriftlm.search.ranking import ranking
-from thriftlm.search.result import SearchResult, answer
-from thriftlm.search.scoring import configuration_of
+from thriftlm.search.answers.confidence import SEED_NOISE, Judge, seed_noise
+from thriftlm.search.answers.next_dollars import next_dollars
+from thriftlm.search.answers.result import SearchResult, answer
+from thriftlm.search.cluster.capacity import Capacity
+from thriftlm.search.scores.hypervolume import hypervolume, spent_by
+from thriftlm.search.scores.ranking import ranking
+from thriftlm.search.scores.scoring import configuration_of
 from thriftlm.spec import SystemSpec
 from thriftlm_models.counts import non_embedding_params
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import InputError
 
 BATCH = "batch_tokens: {derive: micro_batch*n_gpus*seq_len}"

@@ -3,7 +3,7 @@
 import pytest
 
 from thriftlm.search.desk import INTERRUPTED, Finished
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Event,

@@ -13,7 +13,15 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from thriftlm.search.journal import Dismissed, Ended, Released, Reported, RunMinted, Suggested, read
+from thriftlm.search.history.journal import (
+    Dismissed,
+    Ended,
+    Released,
+    Reported,
+    RunMinted,
+    Suggested,
+    read,
+)
 from thriftlm.spec import RunSpec
 
 pytestmark = pytest.mark.ray

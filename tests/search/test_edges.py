@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.records import write_rows
-from thriftlm.search.capacity import Capacity
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.simulate import simulate
+from thriftlm.search.cluster.capacity import Capacity
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.simulation.simulate import simulate
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.spec import InputError
 
 ALGORITHMS = ("random", "optuna", "grid", "factored")

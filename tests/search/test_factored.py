@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from thriftlm.search.curve_model import EARLIEST
-from thriftlm.search.factored import CONFIRMED, Factored
-from thriftlm.search.journal import Allocated, Suggested
-from thriftlm.search.space import load_space
-from thriftlm.search.state import PAUSED, SearchState
+from thriftlm.search.history.journal import Allocated, Suggested
+from thriftlm.search.history.state import PAUSED, SearchState
+from thriftlm.search.learning.curve_model import EARLIEST
+from thriftlm.search.learning.factored import CONFIRMED, Factored
+from thriftlm.search.spaces.space import load_space
 
 QUICKSTART = (
     "search.algorithm=factored",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from thriftlm.search.driver import cluster
-from thriftlm.search.exchange import Exchange
-from thriftlm.search.gang import ON_THE_HEAD, hold
+from thriftlm.search.cluster.driver import cluster
+from thriftlm.search.cluster.exchange import Exchange
+from thriftlm.search.cluster.gang import ON_THE_HEAD, hold
 from thriftlm.spec import DataSpec, OptimSpec, Progress, RunSpec, SystemSpec
 from thriftlm.timings import Timing
 from thriftlm.training.mixture import build

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from thriftlm.search.capacity import Capacity
-from thriftlm.search.gangs import LONGEST_IDLE_SECONDS
-from thriftlm.search.journal import Allocated, Dismissed, Idle, Released
-from thriftlm.search.state import SearchState
+from thriftlm.search.cluster.capacity import Capacity
+from thriftlm.search.cluster.gangs import LONGEST_IDLE_SECONDS
+from thriftlm.search.history.journal import Allocated, Dismissed, Idle, Released
+from thriftlm.search.history.state import SearchState
 
 
 def allocations(desk):

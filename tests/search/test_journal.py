@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     JOURNAL_VERSION,
     Allocated,
     Dismissed,
@@ -200,7 +200,7 @@ def test_a_newer_version_is_refused_before_its_fields_are(path, change):
 HOLD = """
 import sys, time
 from pathlib import Path
-from thriftlm.search.journal import Journal
+from thriftlm.search.history.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 print("open", flush=True)
 time.sleep(60)
@@ -235,7 +235,7 @@ def test_a_killed_driver_lets_go_of_its_journal(path):
 FILL = """
 import resource, sys
 from pathlib import Path
-from thriftlm.search.journal import Journal, RunMinted
+from thriftlm.search.history.journal import Journal, RunMinted
 heard = []
 with Journal(Path(sys.argv[1]), (heard.append,)) as journal:
     journal.append(RunMinted(trial_id="a", mlflow_run_id="1"))

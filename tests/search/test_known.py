@@ -10,13 +10,13 @@ import pytest
 
 from thriftlm.records import read_columns, write_rows
 from thriftlm.search.algorithms import _history
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import Allocated, Journal, Known, SearchStarted, Suggested
-from thriftlm.search.known import columns_of, take_in
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.result import answer
-from thriftlm.search.scoring import beside, score_trials
-from thriftlm.search.state import SearchState
+from thriftlm.search.answers.result import answer
+from thriftlm.search.history.journal import Allocated, Journal, Known, SearchStarted, Suggested
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.learning.known import columns_of, take_in
+from thriftlm.search.scores.scoring import beside, score_trials
 from thriftlm.spec import InputError
 
 GRID = {

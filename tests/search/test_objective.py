@@ -7,8 +7,8 @@ import pytest
 
 from thriftlm.planning.law import Curve
 from thriftlm.planning.scaling_laws import LossLaw, effective_tokens
-from thriftlm.search.comparison import score_all
-from thriftlm.search.objective import (
+from thriftlm.search.scores.comparison import score_all
+from thriftlm.search.scores.objective import (
     Observation,
     curve_of,
     pareto_front,

@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.search.algorithms import Proposal, Searcher, random
-from thriftlm.search.capacity import Capacity
+from thriftlm.search.answers.result import row
+from thriftlm.search.cluster.capacity import Capacity
 from thriftlm.search.desk import Desk, Wait
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Journal,
@@ -22,13 +22,13 @@ from thriftlm.search.journal import (
     SearchStarted,
     Suggested,
 )
-from thriftlm.search.measured_systems import best_systems, on_best_system
-from thriftlm.search.probing import gangs_of, plan
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.result import row
-from thriftlm.search.simulate import simulate
-from thriftlm.search.state import SearchState, TrialState
-from thriftlm.search.system_model import Costs
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.learning.probing import gangs_of, plan
+from thriftlm.search.learning.system_model import Costs
+from thriftlm.search.scores.measured_systems import best_systems, on_best_system
+from thriftlm.search.simulation.simulate import simulate
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.spec import SystemSpec
 from thriftlm.timings import Timing
 

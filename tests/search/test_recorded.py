@@ -3,8 +3,8 @@
 import pytest
 
 from thriftlm.records import read_columns, write_rows
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.state import SearchState
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.history.state import SearchState
 from thriftlm_models.counts import non_embedding_params, stored_params
 
 

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.records import write_rows
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.section import Rejected
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.spaces.section import Rejected
 from thriftlm.spec import InputError
 
 

@@ -17,9 +17,9 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from thriftlm.search.gang import LOSSES, is_worth_retrying
-from thriftlm.search.journal import Allocated, Ended, Released, Reported, Suggested, read
-from thriftlm.search.worker import said_of_losses, success
+from thriftlm.search.cluster.gang import LOSSES, is_worth_retrying
+from thriftlm.search.cluster.worker import said_of_losses, success
+from thriftlm.search.history.journal import Allocated, Ended, Released, Reported, Suggested, read
 from thriftlm.spec import InputError, Measurement, Progress, SystemSpec
 from thriftlm.training.loop import Decision, train
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from thriftlm.search.result import answer
-from thriftlm.search.scoring import configuration_of
-from thriftlm.search.state import SearchState
+from thriftlm.search.answers.result import answer
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.scores.scoring import configuration_of
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import yaml
 
 from thriftlm import prices
 from thriftlm.config_file import ConfigFile
-from thriftlm.search.result import answer, write
-from thriftlm.search.state import SearchState
+from thriftlm.search.answers.result import answer, write
+from thriftlm.search.history.state import SearchState
 from thriftlm.spec import RunSpec
 
 

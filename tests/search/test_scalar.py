@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from thriftlm.search.curve_model import Posterior
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import SearchStarted
-from thriftlm.search.result import answer
-from thriftlm.search.scalar import line, predictions
+from thriftlm.search.answers.result import answer
+from thriftlm.search.history.journal import SearchStarted
+from thriftlm.search.learning.curve_model import Posterior
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.scores.scalar import line, predictions
 from thriftlm.spec import InputError
 
 LOSS, USD, SPEED = (np.log(x) for x in ([3.0, 3.1, 3.3, 9.0], [4.0, 2.0, 1.0, 1.0], [1, 2, 4, 4.0]))

@@ -9,10 +9,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import search_scale as scale
 
-from thriftlm.search.factored import Factored
-from thriftlm.search.journal import Reported
-from thriftlm.search.simulate import MemoryJournal, simulate
-from thriftlm.search.state import SearchState
+from thriftlm.search.history.journal import Reported
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.learning.factored import Factored
+from thriftlm.search.simulation.simulate import MemoryJournal, simulate
 
 TRIALS, CONCURRENT = 60, 12
 

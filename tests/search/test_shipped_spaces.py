@@ -6,7 +6,7 @@ import pytest
 
 from thriftlm.config_file import space_files
 from thriftlm.review.dry_run import describe_space, expected_tokens
-from thriftlm.search.space import Rejected, Space, load_space
+from thriftlm.search.spaces.space import Rejected, Space, load_space
 from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import stored_params

@@ -9,9 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.simulate import simulate
-from thriftlm.search.simulated_cluster import Conditions
+from thriftlm.search.simulation.simulate import simulate
+from thriftlm.search.simulation.simulated_cluster import Conditions
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.spec import InputError
 
 ALGORITHMS = ("random", "optuna", "factored")

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from thriftlm.config_file import ConfigFile
-from thriftlm.search.domains import parse_domain
-from thriftlm.search.space import Rejected, Space, load_space
+from thriftlm.search.spaces.domains import parse_domain
+from thriftlm.search.spaces.space import Rejected, Space, load_space
 from thriftlm.spec import InputError, RunSpec
 from thriftlm_models.counts import stored_params
 from thriftlm_models.presets import preset

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from thriftlm.planning.estimate import memory_fractions
-from thriftlm.search.space import Rejected, load_space
+from thriftlm.search.spaces.space import Rejected, load_space
 
 BASE = """\
 name: tiny

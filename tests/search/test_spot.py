@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.records import write_rows
-from thriftlm.search.journal import Ended, Released
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.simulate import MemoryJournal, simulate
-from thriftlm.search.simulated_cluster import FRUITLESS, Conditions
-from thriftlm.search.spot import SpotCapacity, SpotTrace, instances, read_trace
-from thriftlm.search.state import SearchState
+from thriftlm.search.history.journal import Ended, Released
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.simulation.simulate import MemoryJournal, simulate
+from thriftlm.search.simulation.simulated_cluster import FRUITLESS, Conditions
+from thriftlm.search.simulation.spot import SpotCapacity, SpotTrace, instances, read_trace
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
 from thriftlm.spec import InputError, SystemSpec
 
 START_UP = 60.0

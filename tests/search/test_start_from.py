@@ -9,13 +9,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.config_file import ConfigFile
-from thriftlm.search.domains import Choice, Steps, Uniform, contains
-from thriftlm.search.menu import menu_of
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-from thriftlm.search.simulate import simulate
-from thriftlm.search.space import Space
-from thriftlm.search.start import nearest
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.learning.menu import menu_of
+from thriftlm.search.simulation.simulate import simulate
+from thriftlm.search.spaces.domains import Choice, Steps, Uniform, contains
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.spaces.space import Space
+from thriftlm.search.spaces.start import nearest
 from thriftlm.spec import InputError
 
 OWN = {"model": {"n_layers": 3}, "optim": {"lr": 5e-5, "weight_decay": 0.2}}

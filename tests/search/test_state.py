@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Released,
@@ -14,7 +14,7 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.search.state import Allocation, SearchState
+from thriftlm.search.history.state import Allocation, SearchState
 
 
 def uneven(lab):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from thriftlm.search.desk import INTERRUPTED, Finished
-from thriftlm.search.journal import Journal, is_held
-from thriftlm.search.stopping import (
+from thriftlm.search.history.journal import Journal, is_held
+from thriftlm.search.history.stopping import (
     REQUEST_FILE,
     StopRequests,
     driver_of,
@@ -31,7 +31,9 @@ def test_a_request_reaches_the_driver_within_a_second(tmp_path):
 
 def test_storage_is_asked_at_most_once_a_second(tmp_path, monkeypatch):
     looks = []
-    monkeypatch.setattr("thriftlm.search.stopping.read_request", lambda folder: looks.append(1))
+    monkeypatch.setattr(
+        "thriftlm.search.history.stopping.read_request", lambda folder: looks.append(1)
+    )
     times = iter(index / 100 for index in range(1000))
     stops = StopRequests(tmp_path, times.__next__)
     for _ in range(1000):
@@ -95,7 +97,7 @@ def test_a_search_that_is_asked_ends_at_the_next_reports_and_goes_on_when_resume
 
 def test_a_turn_of_the_driver_obeys_a_request(lab, tmp_path):
     """Ray's side alone is left out: the actor that the trials ask, and the gangs."""
-    from thriftlm.search.driver import Turn
+    from thriftlm.search.cluster.driver import Turn
 
     desk, told = lab.desk(lab.space()), []
     actor = SimpleNamespace(stop=SimpleNamespace(remote=told.append))

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from thriftlm.search.storage import RAY_JOB_VARIABLE, STORAGE_VARIABLE, Storage, storage, writable
+from thriftlm.search.history.storage import (
+    RAY_JOB_VARIABLE,
+    STORAGE_VARIABLE,
+    Storage,
+    storage,
+    writable,
+)
 from thriftlm.spec import InputError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from thriftlm.planning.estimate import Estimates
 from thriftlm.review.space_estimates import SpaceEstimates, Table, distinct_runs
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import InputError, RunSpec
 
 SPACE = "apple_bottlenecks"

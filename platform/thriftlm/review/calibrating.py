@@ -16,9 +16,9 @@ from thriftlm.planning.machine import measured_machine
 from thriftlm.planning.systems import Floats, Systems, from_table
 from thriftlm.review.estimates import read_csv
 from thriftlm.review.tables import Column, fitted, plain_console
-from thriftlm.search.journal import read
-from thriftlm.search.state import SearchState
-from thriftlm.search.storage import Storage
+from thriftlm.search.history.journal import read
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.history.storage import Storage
 from thriftlm.spec import InputError, RunSpec
 
 NEEDED = ("source", "gpu", "tokens_per_s_per_gpu")

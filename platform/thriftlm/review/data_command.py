@@ -61,7 +61,7 @@ def build(
 ) -> None:
     """Build the token shards of a corpus, or find them built."""
     from thriftlm.config_file import ConfigFile
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.storage import storage as storage_at
     from thriftlm.spec import DataSpec, RunSpec
     from thriftlm.training.mixture import build as build_all
 

@@ -16,8 +16,8 @@ from thriftlm import prices
 from thriftlm.planning.machine import Machine, remember
 from thriftlm.planning.systems import STRATEGIES
 from thriftlm.review.tables import plain_console
-from thriftlm.search.provenance import versions
-from thriftlm.search.storage import Storage
+from thriftlm.search.history.provenance import versions
+from thriftlm.search.history.storage import Storage
 from thriftlm_models.attention import available_kernels
 
 REPEATS = 5

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Event,

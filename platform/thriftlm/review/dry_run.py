@@ -16,8 +16,8 @@ from thriftlm.prices import usd_per_hour
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
 from thriftlm.search.asha import bracket_sizes, rungs_of
-from thriftlm.search.settings import Fidelity
-from thriftlm.search.space import Space
+from thriftlm.search.spaces.settings import Fidelity
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import applied_params, stored_params

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thriftlm.records import Columns, read_columns
-from thriftlm.search.journal import read
-from thriftlm.search.known import TakenIn, columns_of, take_in
-from thriftlm.search.recorded import recorded_rows
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState
-from thriftlm.search.status import JOURNAL
-from thriftlm.search.storage import Storage
+from thriftlm.search.answers.status import JOURNAL
+from thriftlm.search.history.journal import read
+from thriftlm.search.history.recorded import recorded_rows
+from thriftlm.search.history.state import SearchState
+from thriftlm.search.history.storage import Storage
+from thriftlm.search.learning.known import TakenIn, columns_of, take_in
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import InputError
 
 MLFLOW = "mlflow:"

@@ -16,7 +16,7 @@ from thriftlm.planning.grid import Grid, Rank, Row, estimate_systems, kernel_ref
 from thriftlm.planning.machine import measured_machine
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import optional, stale_prices, usd
-from thriftlm.search.storage import storage
+from thriftlm.search.history.storage import storage
 from thriftlm.spec import InputError
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.presets import preset

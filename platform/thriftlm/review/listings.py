@@ -9,7 +9,7 @@ from thriftlm.config_file import space_files
 from thriftlm.price_refresh import refresh
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import STALE_PRICE_DAYS, limits, optional, usd
-from thriftlm.search.space import load_space
+from thriftlm.search.spaces.space import load_space
 from thriftlm_models.config import ModelSpec
 from thriftlm_models.counts import FLOP_FORMULA, applied_params, flops_per_token, stored_params
 from thriftlm_models.presets import presets

@@ -23,7 +23,7 @@ from thriftlm.review.wording import (
     usd,
     why_ended,
 )
-from thriftlm.search.journal import (
+from thriftlm.search.history.journal import (
     Allocated,
     Ended,
     Event,
@@ -35,8 +35,8 @@ from thriftlm.search.journal import (
     SearchStarted,
     StopRequested,
 )
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.spaces.space import Space
 from thriftlm.timings import Timing
 
 SHOWN_TRIALS = 16

@@ -28,7 +28,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from thriftlm.review.drafts import Draft, Drafts, Number
-from thriftlm.search.journal import Event, RunMinted
+from thriftlm.search.history.journal import Event, RunMinted
 from thriftlm.spec import InputError
 
 EXPERIMENT = "thriftlm"

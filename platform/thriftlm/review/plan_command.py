@@ -126,7 +126,7 @@ def plan(
     from thriftlm.planning.plan import Request, make_plan
     from thriftlm.planning.rental import Rental
     from thriftlm.review import plans
-    from thriftlm.search.storage import storage
+    from thriftlm.search.history.storage import storage
 
     place = {"cloud": cloud, "market": market, "billing": billing}
     given = {"flops": flops, "usd": usd, "hours": hours, "loss": loss, "params": params}

@@ -211,8 +211,8 @@ def estimate_space(
     from thriftlm.planning.constants import in_use
     from thriftlm.planning.machine import measured_machine
     from thriftlm.review import space_estimates
-    from thriftlm.search.space import load_space
-    from thriftlm.search.storage import storage
+    from thriftlm.search.history.storage import storage
+    from thriftlm.search.spaces.space import load_space
 
     kept = storage(None).root
     found = load_space(space, overrides, measured_machine(kept))
@@ -263,7 +263,7 @@ def calibrate(
 ) -> None:
     """Fit the estimator's constants to measured rows, and say how far they carry."""
     from thriftlm.review import calibrating
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.storage import storage as storage_at
     from thriftlm.spec import InputError
 
     if bool(searches) == bool(rows):

@@ -23,8 +23,8 @@ from thriftlm.review.wording import (
     usd,
     why_ended,
 )
-from thriftlm.search.result import Best, SearchResult, TrialRow
-from thriftlm.search.space import Space
+from thriftlm.search.answers.result import Best, SearchResult, TrialRow
+from thriftlm.search.spaces.space import Space
 
 COLUMNS = (
     Column(""),

@@ -25,10 +25,10 @@ def report(
 ) -> None:
     """Write what a search has measured, also while it runs: `thriftlm plan --fit` reads it."""
     from thriftlm.records import write_rows
-    from thriftlm.search.journal import read
-    from thriftlm.search.recorded import recorded_rows
-    from thriftlm.search.state import SearchState
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.history.journal import read
+    from thriftlm.search.history.recorded import recorded_rows
+    from thriftlm.search.history.state import SearchState
+    from thriftlm.search.history.storage import storage as storage_at
     from thriftlm.spec import InputError
 
     place = storage_at(storage)

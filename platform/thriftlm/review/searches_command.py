@@ -12,8 +12,8 @@ import typer
 from thriftlm.review.options import Json, StorageOption
 
 if TYPE_CHECKING:
-    from thriftlm.search.status import ListedSearch, RunningTrial, SearchStanding
-    from thriftlm.search.stopping import Driver
+    from thriftlm.search.answers.status import ListedSearch, RunningTrial, SearchStanding
+    from thriftlm.search.history.stopping import Driver
 
 WAIT_SECONDS = 0.5
 """Between two looks of `stop --wait`."""
@@ -25,8 +25,8 @@ SearchName = Annotated[
 
 def searches(storage: StorageOption = None, as_json: Json = False) -> None:
     """List the searches of the storage folder, the latest first."""
-    from thriftlm.search.status import listed
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.answers.status import listed
+    from thriftlm.search.history.storage import storage as storage_at
 
     place = storage_at(storage)
     found = listed(place)
@@ -40,8 +40,8 @@ def searches(storage: StorageOption = None, as_json: Json = False) -> None:
 
 def status(search: SearchName, storage: StorageOption = None, as_json: Json = False) -> None:
     """Show how a search stands, also while another process or a Ray job runs it."""
-    from thriftlm.search.status import folder_of, standing
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.answers.status import folder_of, standing
+    from thriftlm.search.history.storage import storage as storage_at
 
     found = standing(folder_of(storage_at(storage), search))
     print(found.model_dump_json(indent=2)) if as_json else show_standing(found)
@@ -58,8 +58,8 @@ def stop(
     As Ctrl-C does: its trials end at their next report, it prints its answer so far, and
     `search --resume` goes on. Nothing happens to a search that does not run.
     """
-    from thriftlm.search.status import folder_of, standing
-    from thriftlm.search.storage import storage as storage_at
+    from thriftlm.search.answers.status import folder_of, standing
+    from thriftlm.search.history.storage import storage as storage_at
 
     folder = folder_of(storage_at(storage), search)
     found = standing(folder, with_leader=False)
@@ -81,7 +81,7 @@ def stop(
 
 
 def _ask(folder: Path, found: "SearchStanding") -> None:
-    from thriftlm.search.stopping import request_stop
+    from thriftlm.search.history.stopping import request_stop
     from thriftlm.spec import InputError
 
     if found.driver is None:
@@ -97,9 +97,9 @@ def _wait_for_end(folder: Path, driver: "Driver | None") -> None:
 
     What is waited for is said on stderr whenever it changes.
     """
-    from thriftlm.search.journal import is_held
-    from thriftlm.search.status import JOURNAL, standing
-    from thriftlm.search.stopping import driver_of
+    from thriftlm.search.answers.status import JOURNAL, standing
+    from thriftlm.search.history.journal import is_held
+    from thriftlm.search.history.stopping import driver_of
 
     said: list[str] = []
     while is_held(folder / JOURNAL) and driver_of(folder) == driver:

@@ -7,13 +7,14 @@ from pathlib import Path
 from thriftlm.review.live import LiveView, what
 from thriftlm.review.pictures import PictureCurve, PicturePoint, curves_picture, pareto_picture
 from thriftlm.review.tracking import MlflowWriter
-from thriftlm.search import driver, result
-from thriftlm.search.journal import Journal, Known, read
-from thriftlm.search.objective import Score
-from thriftlm.search.result import SearchResult
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState, TrialState
-from thriftlm.search.storage import Storage, writable
+from thriftlm.search.answers import result
+from thriftlm.search.answers.result import SearchResult
+from thriftlm.search.cluster import driver
+from thriftlm.search.history.journal import Journal, Known, read
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.history.storage import Storage, writable
+from thriftlm.search.scores.objective import Score
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import InputError
 
 

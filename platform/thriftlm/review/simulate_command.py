@@ -12,7 +12,7 @@ import typer
 from thriftlm.review.options import Json
 
 if TYPE_CHECKING:
-    from thriftlm.search.simulate import SimulatedSearch
+    from thriftlm.search.simulation.simulate import SimulatedSearch
 
 
 def simulate(
@@ -67,11 +67,11 @@ def simulate(
     The worth of a run is its recorded loss at the tokens that the training budget buys on the best
     system that the table has for it.
     """
-    from thriftlm.search.recorded_table import RecordedSpace, read_runs, truth_of
-    from thriftlm.search.simulate import simulate as simulated
-    from thriftlm.search.simulated_cluster import Conditions
-    from thriftlm.search.space import load_space
-    from thriftlm.search.spot import read_trace
+    from thriftlm.search.simulation.simulate import simulate as simulated
+    from thriftlm.search.simulation.simulated_cluster import Conditions
+    from thriftlm.search.simulation.spot import read_trace
+    from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+    from thriftlm.search.spaces.space import load_space
     from thriftlm.spec import InputError
 
     loaded = load_space(space, overrides or ())

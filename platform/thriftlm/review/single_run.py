@@ -15,7 +15,7 @@ from rich.console import Console
 from thriftlm import prices
 from thriftlm.review.tables import plain_console
 from thriftlm.review.wording import optional, usd
-from thriftlm.search.storage import writable
+from thriftlm.search.history.storage import writable
 from thriftlm.spec import Measurement, Progress, RunSpec
 from thriftlm.training import checkpoint
 from thriftlm.training.checkpoint_files import Location

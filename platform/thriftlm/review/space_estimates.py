@@ -26,8 +26,8 @@ from thriftlm.review.estimates import (
 )
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import stale_prices, word
-from thriftlm.search.domains import Uniform
-from thriftlm.search.space import MAX_ENUMERATED, Space
+from thriftlm.search.spaces.domains import Uniform
+from thriftlm.search.spaces.space import MAX_ENUMERATED, Space
 from thriftlm.spec import RunSpec
 from thriftlm_models.config import ModelSpec
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from thriftlm.review.wording import usd
-from thriftlm.search.confidence import Confidence, Confirmation, StartComparison
-from thriftlm.search.next_dollars import NextDollars
-from thriftlm.search.result import SearchResult
+from thriftlm.search.answers.confidence import Confidence, Confirmation, StartComparison
+from thriftlm.search.answers.next_dollars import NextDollars
+from thriftlm.search.answers.result import SearchResult
 
 NEXT = {
     "longer_run": "a longer run of both",

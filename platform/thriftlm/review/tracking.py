@@ -15,7 +15,7 @@ from typing import Any
 
 from thriftlm.review.drafts import Drafts
 from thriftlm.review.mlflow_store import RunStore, cause, connect, without_password
-from thriftlm.search.journal import Event, SearchStarted
+from thriftlm.search.history.journal import Event, SearchStarted
 from thriftlm.spec import InputError
 
 ROUND_SECONDS = 0.5

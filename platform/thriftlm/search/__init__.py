@@ -1,1 +1,1 @@
-"""The search: space, objective, journal, decisions (`desk`), and Ray (`gang`, `driver`)."""
+"""The search: what runs next, what stops and what it cost (`desk`), who proposes (`algorithms`)."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thriftlm.search.domains import contains
-from thriftlm.search.journal import Event
-from thriftlm.search.objective import Predicted, rank
-from thriftlm.search.scoring import FEW_SAMPLES, score_trials
-from thriftlm.search.space import Rejected, Space
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.history.journal import Event
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.scores.objective import Predicted, rank
+from thriftlm.search.scores.scoring import FEW_SAMPLES, score_trials
+from thriftlm.search.spaces.domains import contains
+from thriftlm.search.spaces.space import Rejected, Space
 from thriftlm.spec import RunSpec, SystemSpec, digest, identity
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Searcher:
 def started(space: Space) -> Searcher:
     """The searcher that a space asks for, before its first event."""
     if space.search.algorithm == "factored":
-        from thriftlm.search.factored import Factored
+        from thriftlm.search.learning.factored import Factored
 
         return Factored(space)
     return Searcher(space, ALGORITHMS[space.search.algorithm])

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from thriftlm.search.scoring import FEW_SAMPLES, score_trials
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.scores.scoring import FEW_SAMPLES, score_trials
+from thriftlm.search.spaces.space import Space
 
 
 def rung_reached(rungs: Iterable[int], before: int, now: int) -> int | None:

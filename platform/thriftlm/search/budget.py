@@ -9,8 +9,8 @@ trial turns out slower than it had been.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from thriftlm.search.gangs import LONGEST_IDLE_SECONDS
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.cluster.gangs import LONGEST_IDLE_SECONDS
+from thriftlm.search.history.state import SearchState, TrialState
 
 STOP_SECONDS = 5.0
 """From the last report of a trial to the release of its resources: a small checkpoint and the end

@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Literal
 
 from thriftlm import prices
-from thriftlm.search import algorithms, lessons, repeats
+from thriftlm.search import algorithms, repeats
+from thriftlm.search.answers import lessons
 from thriftlm.search.asha import halving_reason
 from thriftlm.search.budget import Budget, FirstReport
-from thriftlm.search.capacity import Capacity
-from thriftlm.search.gangs import Gangs
-from thriftlm.search.journal import (
+from thriftlm.search.cluster.capacity import Capacity
+from thriftlm.search.cluster.gangs import Gangs
+from thriftlm.search.history.journal import (
     Allocated,
     Dismissed,
     Ended,
@@ -31,11 +32,11 @@ from thriftlm.search.journal import (
     StopRequested,
     Suggested,
 )
-from thriftlm.search.objective import Score
-from thriftlm.search.ranking import ranking
-from thriftlm.search.scoring import score_trials
-from thriftlm.search.space import Space
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.scores.objective import Score
+from thriftlm.search.scores.ranking import ranking
+from thriftlm.search.scores.scoring import score_trials
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress, RunSpec, Status
 from thriftlm.timings import Timing
 

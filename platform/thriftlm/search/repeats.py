@@ -8,8 +8,8 @@ not bear are left out, and the answer says so.
 from collections.abc import Iterator, Sequence
 
 from thriftlm.search.budget import STOP_SECONDS, Budget, FirstReport
-from thriftlm.search.settings import SearchBudget
-from thriftlm.search.state import SearchState, TrialState
+from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.spaces.settings import SearchBudget
 from thriftlm.spec import RunSpec
 
 CONTENDERS = 2

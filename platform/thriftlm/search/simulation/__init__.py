@@ -1,0 +1,1 @@
+"""A search against recorded runs, on a simulated cluster and clock."""

@@ -10,7 +10,6 @@ import ray
 from thriftlm.search.cluster.driver import cluster
 from thriftlm.search.cluster.exchange import Exchange
 from thriftlm.search.cluster.gang import ON_THE_HEAD, hold
-from thriftlm.search.history.journal import Branch
 from thriftlm.spec import DataSpec, OptimSpec, Progress, RunSpec, SystemSpec
 from thriftlm.timings import Timing
 from thriftlm.training.mixture import build
@@ -31,21 +30,14 @@ def run_on(system: SystemSpec, corpus: Path, lr: float = 1e-3) -> RunSpec:
     )
 
 
-def ask(
-    exchange,
-    run: RunSpec,
-    folder: Path,
-    *systems: SystemSpec,
-    until: int | None = None,
-    branch: Branch | None = None,
-):
+def ask(exchange, run: RunSpec, folder: Path, *systems: SystemSpec, until: int | None = None):
     """The news of a job, to its outcome."""
     job = {
         "run": run.model_dump_json(),
         "trial_id": run.trial_id,
-        "branch": None if branch is None else branch.model_dump_json(),
+        "branch": None,
         "systems": [system.model_dump_json() for system in systems],
-        "known_tokens": 0 if branch is None else branch.tokens,
+        "known_tokens": 0,
         "until_tokens": until,
         "folder": str(folder),
     }

@@ -2,9 +2,14 @@
 
 import pytest
 
+from thriftlm.review.dry_run import describe_space, expected_tokens
+from thriftlm.review.wording import describe
 from thriftlm.search.answers.result import answer, best_run
-from thriftlm.search.history.journal import Ended, Reported, Suggested
+from thriftlm.search.cluster.worker import trunk
+from thriftlm.search.history.journal import Branch, Ended, Reported, Suggested
+from thriftlm.search.history.recorded import recorded_rows
 from thriftlm.search.history.state import SearchState
+from thriftlm.search.learning.known import columns_of, take_in
 from thriftlm.search.pbt import FACTORS, intervals, most_trials
 from thriftlm.spec import RunSpec
 from thriftlm.training.schedule import first_difference, peak
@@ -144,10 +149,12 @@ def test_a_search_that_died_between_an_end_and_its_child_begins_that_child(lab, 
     assert sum(isinstance(e, Ended) and e.trial_id == events[at].trial_id for e in events) == 1
 
 
-def test_an_interrupted_population_goes_on(lab, space):
+@pytest.mark.parametrize("seconds", [14, 60, 115, 116, 118, 140])
+def test_an_interrupted_population_goes_on(lab, space, seconds):
+    """At 115 s one is interrupted as it comes to an interval, and goes on before it is judged."""
     one = space(search={"max_concurrent": 2})
     desk = lab.desk(one)
-    lab.run(desk, interrupt_at=desk.clock() + 60)
+    lab.run(desk, interrupt_at=desk.clock() + seconds)
     assert desk.state.ended.status == "interrupted"
     later = lab.desk(one, lab.Clock(desk.clock() + 1000), events=desk.journal.events)
     later.resume()
@@ -155,7 +162,7 @@ def test_an_interrupted_population_goes_on(lab, space):
     state = later.state
     assert state.ended.reason == "the population was trained to its end"
     assert sum(t.status == "done" for t in state.trials.values()) == 4
-    assert children(state)
+    assert len(children(state)) in (3, 4)
 
 
 def test_decisions_depend_on_losses_alone(lab, space):
@@ -250,3 +257,55 @@ def test_without_a_child_the_answer_keeps_its_warm_up(lab, space):
     _, scores = answer(desk.space, desk.state)
     one = next(t for t in founders(desk.state) if t.trial_id in scores)
     assert best_run("s", desk.state, one, scores[one.trial_id]).optim == one.run.optim
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [([4, 8, 12], 8), ([4, 12], 4), ([12], None), ([], None), ([8], 8)],
+)
+def test_a_child_begins_at_the_newest_checkpoint_before_it_leaves(there, found, lab, tmp_path):
+    run = lab.searched(lab.space(search_budget={"trials": 1})).state.trials.popitem()[1].run
+    folder = tmp_path / "trials" / "parent"
+    for step in there:
+        (folder / f"step_{step:08d}").mkdir(parents=True)
+        (folder / f"step_{step:08d}" / "manifest.json").touch()
+    branch = Branch(trial_id="parent", tokens=8 * run.optim.batch_tokens)
+    job = {"folder": str(tmp_path), "branch": branch.model_dump_json()}
+    assert trunk(job, run) == (None if found is None else folder / f"step_{found:08d}")
+    assert trunk(job | {"branch": None}, run) is None
+
+
+def test_recorded_runs_tell_a_child_from_its_parent(lab, space):
+    """Another search takes founders for points of its space, and children for the law alone."""
+    one = space()
+    state = lab.searched(one).state
+    rows = [row for row in recorded_rows(state) if row["tokens"] > 0]
+    assert {row["optim.lr_changes"] for row in rows if row["run_id"] == founders(state)[0].trial_id}
+    taken = take_in(one, "earlier", columns_of(rows), set())
+    points = {run.run_id for run in taken.known.runs if run.trial_id is not None}
+    assert points == {t.trial_id for t in founders(state)}
+    assert len(taken.known.runs) == len(state.trials)
+
+
+def test_a_child_is_shown_with_its_changes(lab, space):
+    child = children(lab.searched(space()).state)[0]
+    tokens, rate = child.run.optim.lr_changes[-1]
+    assert f"lr@16.4k={rate:.3g} single x1" in describe(child.point, "single", 1)
+    assert tokens == 16384
+
+
+def test_a_dry_run_counts_the_trials_of_a_population(space):
+    found = describe_space(space(population=8))
+    assert found["rungs_tokens"] == INTERVALS
+    assert expected_tokens(space(population=8)) == 9 * STEP * 8 / 16
+    assert expected_tokens(space(population=8, search_budget={"trials": 4})) == 9 * STEP
+    few = space(population=8, search_budget={"trials": 8})
+    assert few.warnings() == [
+        "pbt replaces nobody: its population is 8, search_budget allows 8 trials"
+    ]
+
+
+def test_a_journal_of_before_has_no_branch(lab):
+    events = lab.searched(lab.space()).journal.events
+    line = next(e for e in events if isinstance(e, Suggested)).model_dump(exclude={"branch"})
+    assert Suggested.model_validate(line).branch is None

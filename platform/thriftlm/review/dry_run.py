@@ -1,10 +1,10 @@
 """What a search would do, without doing it: points before and after the rules, and budgets."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from math import fsum
 from statistics import fmean, median
 from typing import Any
 
@@ -134,11 +134,12 @@ def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> 
 def expected_tokens(space: Space) -> float:
     """Tokens of a mean trial: one in `factor` passes each rung that looks at it.
 
-    Of a population, whose members are trained to the end by turns, its share of that.
+    Each member of a population is trained to the end, by one trial or several.
     """
-    fidelity, settings = space.search.fidelity, space.search
+    fidelity = space.search.fidelity
     if space.scheduler == "pbt":
-        return settings.population * fidelity.max_tokens / pbt.most_trials(settings)
+        trials = min(pbt.most_trials(space.search), space.search_budget.trials or math.inf)
+        return fidelity.max_tokens * min(1.0, space.search.population / trials)
     if space.search.algorithm == "factored":
         return _tokens_past(fidelity.rungs, fidelity)
     cycle = sum(bracket_sizes(len(fidelity.rungs), fidelity.factor))
@@ -150,7 +151,7 @@ def expected_tokens(space: Space) -> float:
 
 def _tokens_past(rungs: Sequence[int], fidelity: Fidelity) -> float:
     legs = pairwise([0, *rungs, fidelity.max_tokens])
-    return fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
+    return math.fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
 
 
 def rungs_tokens(space: Space) -> list[int]:

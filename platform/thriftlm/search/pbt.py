@@ -7,7 +7,7 @@ The child's run has the change in it (`optim.lr_changes`), so that what a popula
 run, which gives the same losses when it is trained from its beginning.
 
 They wait because losses alone should decide, neither the clock nor how many run at a time: a replay
-decides the same, and a population may be larger than the cluster. Waiting costs nothing.
+decides the same, and a population may be larger than the cluster. Who waits holds no resources.
 """
 
 from bisect import bisect_right
@@ -130,19 +130,19 @@ class Population(Searcher):
     def _free(self, state: SearchState) -> Iterator[tuple[str | None, Proposal]]:
         """Who is to be replaced by which child; None stands for a member that broke.
 
-        Whoever runs was interrupted as it came here, and has gone on since: it keeps its place.
+        Who was interrupted as it came here has gone on since, and keeps its place.
         """
         if not (passed := self._reached(state)):
             return
         ranked = self._ranked(state, passed)
         worst = ranked[len(ranked) - _replaced(len(ranked)) :]
         broke = min(self.size, len(self._founders(state))) - len(ranked)
-        places = [trial for trial, _ in reversed(worst)] + [None] * broke
+        went_on = {t.trial_id for t, tokens in worst if t.is_running or t.tokens > tokens}
+        places = [trial.trial_id for trial, _ in reversed(worst)] + [None] * broke
         best = ranked[: max(1, len(worst))]
         for place, child in zip(places, self._variants(best, passed), strict=False):
-            keeps_it = place is not None and place.is_running
-            if child.trial_id not in state.trials and not keeps_it:
-                yield None if place is None else place.trial_id, child
+            if child.trial_id not in state.trials and place not in went_on:
+                yield place, child
 
     def _variants(self, best: Sequence[tuple[TrialState, int]], passed: int) -> Iterator[Proposal]:
         """Each of the best with each factor once, in an order that the seed gives."""

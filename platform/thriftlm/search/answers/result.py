@@ -193,6 +193,7 @@ def best_run(search_id: str, state: SearchState, trial: TrialState, score: Score
     changed = {
         "tokens": tokens,
         "report_every_tokens": max(1, tokens // 20),
+        "keep_every_tokens": None,  # what children of a population began from
         "origin": f"{search_id}/{trial.trial_id}",
     }
     optim = run.optim

@@ -37,7 +37,8 @@ __all__ = [
 ]
 
 ADDED_FIELDS = frozenset(
-    {"cpu_offload", "document_mask", "max_bytes", "momentum", "packing", "trunk_tokens"}
+    {"cpu_offload", "document_mask", "lr_changes", "max_bytes", "momentum", "packing"}
+    | {"trunk_tokens"}
 )
 """Fields that came after searches had been run: no part of an identity at their default."""
 Strategy = Literal["single", "ddp", "fsdp_full", "fsdp_grad_op", "hsdp", "zero1", "zero2", "zero3"]
@@ -57,6 +58,9 @@ class OptimSpec(Spec):
     rest."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
+    lr_changes: tuple[tuple[PositiveInt, PositiveFloat], ...] = ()
+    """Later peaks, `[[tokens, lr], ...]`: the first step after that many tokens is the first at
+    that peak. Warm-up and fall are shares of the peak in force."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices; gains and other vectors are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -92,6 +96,9 @@ class OptimSpec(Spec):
             raise ValueError(
                 "trunk_tokens needs a schedule with a stable part, got cosine; use wsd or constant"
             )
+        at = [tokens for tokens, _ in self.lr_changes]
+        if at != sorted(set(at)):
+            raise ValueError(f"lr_changes must be in order, each at more tokens than before: {at}")
         return self
 
 

@@ -1,6 +1,7 @@
 """A search on a simulated cluster: a real desk and journal, a clock that jumps, trials that report
 and obey as `worker.py` and `driver.py` do. A worker polls for a stop as it hands a report in, which
-is before that report is handled: a stop asked for at report k is obeyed at report k + 1.
+is before that report is handled: a stop asked for at report k is obeyed at report k + 1. Where a
+trial must wait it knows when it starts, and ends at that report.
 """
 
 import copy
@@ -93,7 +94,7 @@ class Cluster:
 
     def __post_init__(self):
         self.board, self.queue, self.order = set(), [], itertools.count()
-        self.live, self.dismissed = set(), set()
+        self.live, self.dismissed, self.until = set(), set(), {}
 
     def after(self, seconds, action):
         heapq.heappush(self.queue, (self.clock.now + seconds, next(self.order), action))
@@ -142,7 +143,8 @@ class Cluster:
     def start(self, trial):
         self.board.discard(trial.trial_id)
         behaviour = self.behave(trial.run)
-        tokens = self.checkpoints.get(trial.trial_id, 0)
+        tokens = self.checkpoints.get(trial.trial_id, trial.taken_over)
+        self.until[trial.trial_id] = self.desk.pauses_at(trial) or trial.run.tokens
         assert trial.gang not in self.dismissed
         is_live = trial.gang is not None and trial.gang in self.live
         self.live.add(trial.gang)
@@ -151,7 +153,7 @@ class Cluster:
 
     def hand_in(self, run, behaviour, before, k):
         tokens = min(before + run.report_every_tokens, run.tokens)
-        obeys = run.trial_id in self.board
+        obeys = run.trial_id in self.board or tokens >= self.until[run.trial_id]
         status = "done" if tokens >= run.tokens else "running"
         if behaviour.failure and behaviour.failure[1] == k:
             status = behaviour.failure[0]

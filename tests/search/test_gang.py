@@ -35,6 +35,7 @@ def ask(exchange, run: RunSpec, folder: Path, *systems: SystemSpec, until: int |
     job = {
         "run": run.model_dump_json(),
         "trial_id": run.trial_id,
+        "branch": None,
         "systems": [system.model_dump_json() for system in systems],
         "known_tokens": 0,
         "until_tokens": until,

@@ -123,6 +123,14 @@ def test_unknown_algorithm_is_named(made):
         made().search("x")
 
 
+def test_a_population_is_refused_where_it_would_search(lab, made):
+    space = world.space(lab)
+    space.search = space.search.model_copy(update={"scheduler": "pbt"})
+    with pytest.raises(InputError, match=r"pbt cannot be simulated.*--set search.scheduler=asha"):
+        made(space=space).search("random")
+    assert made(space=space).search("factored").best_run_id is not None
+
+
 def test_scheduler_of_the_space_gives_way_where_it_does_not_fit(lab, made):
     space = world.space(lab)
     space.search = space.search.model_copy(update={"scheduler": "asha"})

@@ -101,6 +101,29 @@ def test_trunk_without_decay_shares_the_rates_of_every_branch(bench):
     assert learning_rate(spec.optim, 11, 12) == pytest.approx(0.1 * spec.optim.lr)
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("step", [MIDDLE, 16])
+def test_branch_with_another_peak_is_the_run_that_had_it_from_the_start(
+    schedule, step, bench, tmp_path
+):
+    """Over the trunk's own tokens, so that it may begin in a fall too."""
+    long = trunk_spec(bench, schedule=schedule)
+    bench.train(long, tmp_path / "trunk")
+    spec = trunk_spec(bench, schedule=schedule, lr_changes=[[step * BATCH_TOKENS, 0.00625]])
+    branch = bench.train(spec, tmp_path / "branch", branch_from=at(tmp_path / "trunk", step))
+    scratch = bench.train(spec, tmp_path / "scratch")
+    assert losses(branch) == losses(scratch)
+    assert losses(branch)[step:] != losses(bench.train(long, tmp_path / "again"))[step:]
+    assert checkpoint.read_state(branch.checkpoint).parent.recipe_id == long.recipe_id
+
+
+def test_branch_whose_peak_changes_before_its_trunk_ends_is_refused(bench, trunk, tmp_path):
+    spec = trunk_spec(bench, lr_changes=[[(MIDDLE - 1) * BATCH_TOKENS, 0.004]])
+    message = refused(bench, spec, at(trunk, MIDDLE), tmp_path)
+    assert "by optim.lr_changes the peak learning rate of step 8 is 0.004 here" in message
+    assert "and 0.005 there; change it later, or branch from an earlier checkpoint" in message
+
+
 def refused(bench: Any, spec: RunSpec, given: Path, output: Path) -> str:
     with pytest.raises(InputError) as caught:
         bench.train(spec, output, branch_from=given)
@@ -149,13 +172,15 @@ def test_another_recipe_is_no_branch(changes, words, bench, trunk, tmp_path):
     assert words in refused(bench, bench.spec(**changes), at(trunk, MIDDLE), tmp_path)
 
 
-def test_recipes_without_a_trunk_keep_their_id(bench):
-    """The hash of before the field existed; a trunk is part of a recipe."""
+def test_recipes_without_a_trunk_or_changes_keep_their_id(bench):
+    """The hash of before the fields existed; a trunk is part of a recipe, and so are changes."""
     spec = RunSpec.model_validate(
         {"model": {"n_layers": 2, "d_model": 64, "n_heads": 2}, "tokens": 1000}
     )
     assert spec.recipe_id == RECIPE_ID
     assert branch_spec(bench, trunk_tokens=5120).recipe_id != branch_spec(bench).recipe_id
+    assert branch_spec(bench, lr_changes=()).recipe_id == branch_spec(bench).recipe_id
+    assert branch_spec(bench, lr_changes=((256, 1e-3),)).recipe_id != branch_spec(bench).recipe_id
 
 
 def test_cosine_has_no_trunk():

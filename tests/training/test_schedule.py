@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from thriftlm.spec import OptimSpec
 from thriftlm.training.schedule import has_decayed, is_warming_up, learning_rate, lr_fraction
@@ -113,3 +114,33 @@ def test_rounding_does_not_move_the_half(steps):
     spec = optim(schedule="wsd")
     assert has_decayed(spec, steps * 9 // 10, steps)
     assert not has_decayed(spec, steps * 9 // 10 - 1, steps)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_a_changed_peak_holds_from_its_tokens_on_and_the_shape_stays(schedule):
+    plain = optim(schedule=schedule, batch_tokens=10)
+    changed = plain.model_copy(update={"lr_changes": ((50, 3.0), (300, 1.0))})
+    before, after = rates(plain), rates(changed)
+    assert after[:5] == before[:5]  # the sixth step is the first after 50 tokens
+    assert after[5:30] == pytest.approx([1.5 * rate for rate in before[5:30]])
+    assert after[30:] == pytest.approx([0.5 * rate for rate in before[30:]])
+    for step in range(STEPS + 1):
+        assert has_decayed(changed, step, STEPS) == has_decayed(plain, step, STEPS)
+
+
+def test_a_peak_that_changes_within_a_step_counts_from_the_next():
+    changed = optim(schedule="constant", batch_tokens=10, lr_changes=[[501, 4.0], [9e9, 1.0]])
+    assert rates(changed)[50:52] == [2.0, 4.0]
+    assert rates(changed)[-1] == 4.0  # what lies beyond the run changes nothing
+
+
+@pytest.mark.parametrize("changes", [[[20, 1.0], [10, 2.0]], [[10, 1.0], [10, 2.0]]])
+def test_changes_of_the_peak_come_in_order(changes):
+    with pytest.raises(ValidationError, match="each at more tokens than before"):
+        optim(lr_changes=changes)
+
+
+@pytest.mark.parametrize("change", [[0, 1.0], [10, 0.0], [10, -1.0], [10]])
+def test_a_change_has_tokens_and_a_rate_above_zero(change):
+    with pytest.raises(ValidationError):
+        optim(lr_changes=[change])

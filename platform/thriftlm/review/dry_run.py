@@ -1,10 +1,10 @@
 """What a search would do, without doing it: points before and after the rules, and budgets."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from math import fsum
 from statistics import fmean, median
 from typing import Any
 
@@ -15,6 +15,7 @@ from thriftlm.planning.estimate import Estimate, estimate_runs
 from thriftlm.prices import usd_per_hour
 from thriftlm.review.tables import Column, fitted, plain_console
 from thriftlm.review.wording import limits, usd
+from thriftlm.search import pbt
 from thriftlm.search.asha import bracket_sizes, rungs_of
 from thriftlm.search.spaces.settings import Fidelity
 from thriftlm.search.spaces.space import Space
@@ -57,7 +58,7 @@ def describe_space(space: Space, calibration: Calibration | None = None) -> dict
         "varied": list(space.domains),
         "algorithm": search.algorithm,
         "scheduler": space.scheduler,
-        "rungs_tokens": list(search.fidelity.rungs) if pauses_or_stops(space) else [],
+        "rungs_tokens": rungs_tokens(space),
         "max_tokens": search.fidelity.max_tokens,
         "objective": space.objective_name,
         "training_budget": space.training_budget.model_dump(),
@@ -113,6 +114,8 @@ def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> 
     ]
     usd, budget = fmean(each), space.search_budget
     points = space.size if space.search.algorithm == "grid" else None
+    if space.scheduler == "pbt":
+        points = pbt.most_trials(space.search)
     wanted = {"trials": budget.trials, "points": points}
     limits = {name: float(number) for name, number in wanted.items() if number is not None}
     if budget.usd is not None:
@@ -129,8 +132,14 @@ def predicted_spend(space: Space, known: Sequence[tuple[RunSpec, Estimate]]) -> 
 
 
 def expected_tokens(space: Space) -> float:
-    """Tokens of a mean trial: one in `factor` passes each rung that looks at it."""
+    """Tokens of a mean trial: one in `factor` passes each rung that looks at it.
+
+    Each member of a population is trained to the end, by one trial or several.
+    """
     fidelity = space.search.fidelity
+    if space.scheduler == "pbt":
+        trials = min(pbt.most_trials(space.search), space.search_budget.trials or math.inf)
+        return fidelity.max_tokens * min(1.0, space.search.population / trials)
     if space.search.algorithm == "factored":
         return _tokens_past(fidelity.rungs, fidelity)
     cycle = sum(bracket_sizes(len(fidelity.rungs), fidelity.factor))
@@ -142,12 +151,15 @@ def expected_tokens(space: Space) -> float:
 
 def _tokens_past(rungs: Sequence[int], fidelity: Fidelity) -> float:
     legs = pairwise([0, *rungs, fidelity.max_tokens])
-    return fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
+    return math.fsum((end - begin) / fidelity.factor**i for i, (begin, end) in enumerate(legs))
 
 
-def pauses_or_stops(space: Space) -> bool:
-    """Whether trials can end at a rung."""
-    return space.scheduler != "none" or space.search.algorithm == "factored"
+def rungs_tokens(space: Space) -> list[int]:
+    """Tokens at which trials can end or wait."""
+    if space.scheduler == "pbt":
+        return list(pbt.intervals(space.search))
+    can_end = space.scheduler != "none" or space.search.algorithm == "factored"
+    return list(space.search.fidelity.rungs) if can_end else []
 
 
 @cache

@@ -85,7 +85,8 @@ def best_lines(best: Best, space: Space) -> Iterator[tuple[str, str]]:
         f"{model['n_layers']} layers{shared}, width {model['d_model']}, {model['n_heads']} heads, "
         f"d_ff {model['d_ff']}, vocab {model['vocab']}",
     )
-    yield "optim", f"lr {optim['lr']:.3g}, batch {optim['batch_tokens']:,} tokens"
+    later = "".join(f", {lr:.3g} from {tokens:,} tokens on" for tokens, lr in optim["lr_changes"])
+    yield "optim", f"lr {optim['lr']:.3g}{later}, batch {optim['batch_tokens']:,} tokens"
     yield (
         "system",
         f"{system['n_gpus']} x {system['gpu']}, {system['strategy']}, micro batch "

@@ -35,6 +35,8 @@ def word(path: str, value: object) -> str:
     """One varied field of a trial."""
     if isinstance(value, str):
         return value
+    if path == "optim.lr_changes" and isinstance(value, list | tuple):
+        return " ".join(f"lr@{counted(tokens)}={short(lr)}" for tokens, lr in value)
     name = path.rpartition(".")[2]
     return f"{SHORT_NAMES.get(name, name)}={short(value)}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thriftlm.search.history.journal import Event
+from thriftlm.search.history.journal import Branch, Event
 from thriftlm.search.history.state import SearchState, TrialState
 from thriftlm.search.scores.objective import Predicted, rank
 from thriftlm.search.scores.scoring import FEW_SAMPLES, score_trials
@@ -36,6 +36,10 @@ class Proposal:
     run: RunSpec
     systems: tuple[SystemSpec, ...] = ()
     """What to time instead of training, where it is a probe."""
+    branch: Branch | None = None
+    """Where it begins, when not at the beginning of its run."""
+    ends: tuple[str, str] | None = None
+    """The trial whose place it takes, and why that one ends."""
 
     @property
     def trial_id(self) -> str:
@@ -90,6 +94,8 @@ class Searcher:
     """Whether stopped trials may go on."""
     predicts = False
     """Whether `predicted` has an answer."""
+    exhausted = "every point of the space that fits has been tried"
+    """Why a search ends when nothing is proposed any more."""
 
     def __init__(self, space: Space, algorithm: Algorithm) -> None:
         self.space, self.algorithm = space, algorithm
@@ -136,6 +142,10 @@ def started(space: Space) -> Searcher:
         from thriftlm.search.learning.factored import Factored
 
         return Factored(space)
+    if space.scheduler == "pbt":
+        from thriftlm.search.pbt import Population
+
+        return Population(space)
     return Searcher(space, ALGORITHMS[space.search.algorithm])
 
 

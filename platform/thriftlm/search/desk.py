@@ -360,8 +360,7 @@ class Desk:
             return self._until_market()
         if may_go_on:
             return Wait()
-        why = "every point of the space that fits has been tried"
-        return self._paused(is_last=True) or Finished(why)
+        return self._paused(is_last=True) or Finished(self.algorithm.exhausted)
 
     def _paused(self, is_last: bool) -> TrialState | None:
         """The trial to go on with; `is_last`: there can be no new one."""
@@ -377,6 +376,9 @@ class Desk:
         return Wait()
 
     def _suggested(self, proposal: algorithms.Proposal, repeat_of: str | None = None) -> TrialState:
+        if proposal.ends is not None:
+            left, reason = proposal.ends
+            self._end(self.state.trials[left], self.clock(), "stopped", reason, None)
         event = Suggested(
             at=self.clock(),
             trial_id=proposal.trial_id,
@@ -385,6 +387,7 @@ class Desk:
             run=proposal.run,
             repeat_of=repeat_of,
             systems=proposal.systems,
+            branch=proposal.branch,
         )
         self._write(event)
         return self.state.trials[proposal.trial_id]

@@ -47,9 +47,13 @@ def missing(
 
 
 def seconds(first: TrialState) -> float:
-    """Of an allocation that repeats a trial: what that took, and a stop one report late."""
+    """Of an allocation that repeats a trial: what that took, and a stop one report late.
+
+    What a child of scheduler pbt took over is trained too.
+    """
     held, reports = first.held_seconds(first.allocations[-1].since), max(1, len(first.curve))
-    return MARGIN * held * (1 + 1 / reports) + STOP_SECONDS
+    own = max(1, first.tokens - first.taken_over)
+    return MARGIN * held * first.tokens / own * (1 + 1 / reports) + STOP_SECONDS
 
 
 def price(first: TrialState) -> float:

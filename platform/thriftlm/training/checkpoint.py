@@ -224,7 +224,7 @@ def branched(state: RunState, address: Location, spec: RunSpec) -> RunState:
         if getattr(trunk, name) != getattr(spec, name):
             raise InputError(
                 f"a branch has its trunk's {name}, and this run's differs from that of {address}; "
-                "only tokens and the end of the schedule may change"
+                "only tokens, the end of the schedule and later lr_changes may differ"
             )
     other = first_difference(trunk, spec, state.step)
     if other is not None:

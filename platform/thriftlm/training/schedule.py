@@ -3,7 +3,8 @@
 A branch is a run that takes its first steps over from another one, its trunk. For that the two must
 have had the same learning rates so far. Their warm-ups agree when the branch names the trunk's
 horizon (`optim.trunk_tokens`): its own `warmup_fraction` counts of that. The rest follows, as long
-as neither had begun to fall: the end of wsd depends on a run's own horizon alone.
+as neither had begun to fall: the end of wsd depends on a run's own horizon alone. A branch over its
+trunk's own tokens may begin anywhere, with other peaks from there on (`optim.lr_changes`).
 """
 
 import math
@@ -38,9 +39,15 @@ def lr_fraction(optim: OptimSpec, progress: float, of_warmup: float | None = Non
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def peak(optim: OptimSpec, tokens: int) -> float:
+    """Peak learning rate in force after so many tokens."""
+    return next((lr for at, lr in reversed(optim.lr_changes) if at <= tokens), optim.lr)
+
+
 def learning_rate(optim: OptimSpec, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of a run of `steps`."""
-    return optim.lr * lr_fraction(optim, (step + 1) / steps, _of_warmup(optim, step + 1, steps))
+    fraction = lr_fraction(optim, (step + 1) / steps, _of_warmup(optim, step + 1, steps))
+    return peak(optim, step * optim.batch_tokens) * fraction
 
 
 def is_warming_up(optim: OptimSpec, step: int, steps: int) -> bool:
@@ -72,12 +79,13 @@ def first_difference(trunk: RunSpec, branch: RunSpec, steps: int) -> str | None:
     Raises nothing: the answer is for a message.
     """
     fields = {"schedule", "warmup_fraction", "decay_fraction", "final_lr_fraction", "trunk_tokens"}
+    fields.add("lr_changes")
     ours, theirs = (run.optim.model_dump(exclude=fields) for run in (branch, trunk))
     for name, value in ours.items():
         if value != theirs[name]:
             return (
                 f"optim.{name} is {value} here and {theirs[name]} there; "
-                "only tokens and the end of the schedule may change"
+                "only tokens, the end of the schedule and later lr_changes may differ"
             )
     if steps > branch.steps:
         return (
@@ -92,7 +100,14 @@ def first_difference(trunk: RunSpec, branch: RunSpec, steps: int) -> str | None:
 
 
 def _why_rates_differ(trunk: RunSpec, branch: RunSpec, step: int, steps: int) -> str:
-    peak = trunk.optim.lr
+    theirs, ours = (peak(run.optim, step * run.optim.batch_tokens) for run in (trunk, branch))
+    if theirs != ours:
+        return (
+            f"it is at step {steps:,}, and by optim.lr_changes the peak learning rate of step "
+            f"{step + 1:,} is {ours:.3g} here and {theirs:.3g} there; change it later, or branch "
+            "from an earlier checkpoint"
+        )
+    highest = ours
     theirs, ours = (learning_rate(run.optim, step, run.steps) for run in (trunk, branch))
     if is_warming_up(trunk.optim, step, trunk.steps) or is_warming_up(
         branch.optim, step, branch.steps
@@ -101,13 +116,13 @@ def _why_rates_differ(trunk: RunSpec, branch: RunSpec, step: int, steps: int) ->
             f"the warm-ups differ at step {step + 1:,}; set optim.trunk_tokens to {trunk.tokens} "
             f"and optim.warmup_fraction to {trunk.optim.warmup_fraction}"
         )
-    if theirs < peak:
+    if theirs < highest:
         return (
             f"it is at step {steps:,} and the learning rate there falls from step {step + 1:,} on; "
             "branch from an earlier checkpoint, or give the trunk schedule: constant"
         )
     return (
-        f"it is at step {steps:,}, and this run's learning rate, {ours:.3g} of {peak:.3g}, falls "
-        f"from step {step + 1:,} on; raise tokens, lower optim.decay_fraction, or branch from an "
-        "earlier checkpoint"
+        f"it is at step {steps:,}, and this run's learning rate, {ours:.3g} of {highest:.3g}, "
+        f"falls from step {step + 1:,} on; raise tokens, lower optim.decay_fraction, or branch "
+        "from an earlier checkpoint"
     )

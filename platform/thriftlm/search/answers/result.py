@@ -184,17 +184,23 @@ def row(
 def best_run(search_id: str, state: SearchState, trial: TrialState, score: Score) -> RunSpec:
     """The run to train for real: the winner over the tokens that the training budget buys.
 
-    It is on the best system that was measured with its model.
+    It is on the best system that was measured with its model. Where its learning rate changes at
+    given tokens, a longer run warms up as the trial did: so it repeats it, up to the trial's fall.
     """
-    tokens = trial.run.tokens
+    tokens, run = trial.run.tokens, on_best_system(state, trial)
     if score.tokens_at_budget is not None:
         tokens = max(trial.run.optim.batch_tokens, round(score.tokens_at_budget))
     changed = {
         "tokens": tokens,
         "report_every_tokens": max(1, tokens // 20),
+        "keep_every_tokens": None,  # what children of a population began from
         "origin": f"{search_id}/{trial.trial_id}",
     }
-    return RunSpec.model_validate(on_best_system(state, trial).model_dump() | changed)
+    optim = run.optim
+    if optim.lr_changes and optim.schedule != "cosine" and tokens > run.tokens:
+        horizon = {"trunk_tokens": optim.trunk_tokens or run.tokens}
+        run = run.model_copy(update={"optim": optim.model_copy(update=horizon)})
+    return RunSpec.model_validate(run.model_dump() | changed)
 
 
 def write(folder: Path, space: Space, state: SearchState) -> tuple[SearchResult, dict[str, Score]]:

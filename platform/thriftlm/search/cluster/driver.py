@@ -138,6 +138,7 @@ class DeskSearcher(Unpickled, Searcher):
         return self.hosts.serving(answer) | {
             "run": answer.run.model_dump_json(),
             "trial_id": answer.trial_id,
+            "branch": None if answer.branch is None else answer.branch.model_dump_json(),
             "systems": [system.model_dump_json() for system in answer.systems_left],
             "known_tokens": answer.tokens,
             "until_tokens": self.desk.pauses_at(answer),

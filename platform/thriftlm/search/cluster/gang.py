@@ -28,7 +28,7 @@ from thriftlm.spec import InputError, SystemSpec
 ON_THE_HEAD = {"node:__internal_head__": 0.001}
 TRIAL_RESOURCES = tune.PlacementGroupFactory([ON_THE_HEAD])
 """What a Tune trial itself holds; its workers hold the gang's resources."""
-JOB = ("run", "trial_id", "systems", "known_tokens", "until_tokens", "folder")
+JOB = ("run", "trial_id", "branch", "systems", "known_tokens", "until_tokens", "folder")
 """What of a trial's configuration its workers are told."""
 LAST_WORD_SECONDS = 5.0
 """Between what a gang says last and when it is heard."""

@@ -10,6 +10,7 @@ import ray
 from ray import train as ray_train
 
 from thriftlm.search.cluster.exchange import Outcome
+from thriftlm.search.history.journal import Branch
 from thriftlm.spec import Measurement, Progress, RunSpec, SystemSpec
 from thriftlm.timings import Timing
 
@@ -56,8 +57,8 @@ def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Out
 
     Args:
         job: `run` (RunSpec as JSON), `trial_id`, `known_tokens` (up to which the journal has its
-            curve), `until_tokens` (at which it ends early, None for never) and `folder` (of the
-            search).
+            curve), `until_tokens` (at which it ends early, None for never), `branch` (a `Branch`
+            as JSON, None where it begins at its beginning) and `folder` (of the search).
         exchange: who hears of it.
         cache: folder of token shards.
         rank: of this worker.
@@ -91,6 +92,7 @@ def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Out
             cache=cache,
             output=Path(job["folder"]) / "trials" / trial_id,
             go_on=True,
+            branch_from=trunk(job, spec),
         )
     except OutOfMemoryOnOneRankError as error:
         ray.get(
@@ -98,6 +100,24 @@ def train_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Out
         )
         raise
     return success(measured)
+
+
+def trunk(job: dict[str, Any], spec: RunSpec) -> Path | None:
+    """The newest checkpoint of the run that a trial takes over, up to where it leaves that.
+
+    None where there is none, as after a kill before it was written: then the trial begins at the
+    beginning of its run, which gives the same losses.
+    """
+    from thriftlm.training.checkpoint import complete
+    from thriftlm.training.checkpoint_files import step_of
+
+    if job["branch"] is None:
+        return None
+    branch = Branch.model_validate_json(job["branch"])
+    taken_from = Path(job["folder"]) / "trials" / branch.trial_id
+    steps = branch.tokens // spec.optim.batch_tokens
+    names = [name for name in complete(taken_from) if step_of(name) <= steps]
+    return taken_from / names[-1] if names else None
 
 
 def probe_one(job: dict[str, Any], exchange: Any, cache: Path, rank: int) -> Outcome:

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from thriftlm.spec import InputError, Progress, RunSpec, Spec, Status, SystemSpec
 from thriftlm.timings import Timing
@@ -87,6 +87,15 @@ class SearchResumed(Event):
     kind: Literal["search_resumed"] = "search_resumed"
 
 
+class Branch(Spec):
+    """The beginning of a trial that goes on with another's run."""
+
+    trial_id: str
+    """The other."""
+    tokens: PositiveInt
+    """Trained by the other."""
+
+
 class Suggested(Event):
     """The searcher proposed a trial. Its number gives the order of proposals, from 0."""
 
@@ -101,6 +110,8 @@ class Suggested(Event):
     """The trial that it trains again with another seed."""
     systems: tuple[SystemSpec, ...] = ()
     """What a probe times with the run's model, batch and optimizer; none in a trial that learns."""
+    branch: Branch | None = None
+    """Where it begins, when it is a child of scheduler pbt."""
 
 
 class Allocated(Event):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from thriftlm.search.history.journal import (
     Allocated,
+    Branch,
     Dismissed,
     Ended,
     Event,
@@ -72,6 +73,7 @@ class TrialState:
     checkpoint: str | None = None
     repeat_of: str | None = None
     """The trial that it trains again with another seed."""
+    branch: Branch | None = None
     systems: tuple[SystemSpec, ...] = ()
     timings: list[Timing] = field(default_factory=list)
     source: str | None = None
@@ -140,9 +142,14 @@ class TrialState:
         return "running" if self.is_running else "paused" if self.is_paused else "waiting"
 
     @property
+    def taken_over(self) -> int:
+        """Tokens of its run that another trial had trained."""
+        return 0 if self.branch is None else self.branch.tokens
+
+    @property
     def tokens(self) -> int:
-        """Tokens trained so far."""
-        return self.curve[-1].tokens if self.curve else 0
+        """Tokens trained so far, those taken over included."""
+        return self.curve[-1].tokens if self.curve else self.taken_over
 
     @property
     def loss(self) -> float | None:
@@ -279,6 +286,7 @@ class SearchState:
             event.run,
             repeat_of=event.repeat_of,
             systems=event.systems,
+            branch=event.branch,
         )
         self.trials[event.trial_id] = trial
         self.n_started += 1

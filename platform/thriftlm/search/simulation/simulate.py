@@ -98,9 +98,14 @@ def simulate(
         journal: empty; what happened is in it afterwards. It stays in memory when not given.
 
     Raises:
-        InputError: the search budget does not bear a single trial.
+        InputError: the search budget does not bear a single trial, or the scheduler is pbt.
     """
     held = space.searched_by(algorithm, seed)
+    if held.scheduler == "pbt":
+        raise InputError(
+            "scheduler pbt cannot be simulated: its trials change their learning rate on the way, "
+            "and a table has no such runs; --set search.scheduler=asha"
+        )
     runs, clock, journal = space.runs, Clock(), journal or MemoryJournal()
     journal.append(
         SearchStarted(

@@ -18,9 +18,9 @@ from thriftlm_models.counts import (
 Usd = PositiveFloat
 Hours = PositiveFloat
 
-Scheduler = Literal["none", "asha", "hyperband"]
+Scheduler = Literal["none", "asha", "hyperband", "pbt"]
 SCHEDULERS: dict[str, tuple[Scheduler, ...]] = {
-    "random": ("asha", "hyperband", "none"),
+    "random": ("asha", "hyperband", "pbt", "none"),
     "optuna": ("asha", "hyperband", "none"),
     "grid": ("none", "asha", "hyperband"),
     "factored": ("none",),
@@ -130,7 +130,8 @@ class Fidelity(Spec):
     min_tokens: PositiveInt = Field(default_factory=lambda given: max(1, given["max_tokens"] // 9))
     """Tokens before a trial may be stopped; a ninth of `max_tokens` when not given."""
     factor: int = Field(default=3, ge=2)
-    """Ratio of successive rungs; asha and hyperband keep one trial in `factor`."""
+    """Ratio of successive rungs; asha and hyperband keep one trial in `factor`. pbt looks at each
+    multiple of `min_tokens`."""
     report_every_tokens: PositiveInt = Field(
         default_factory=lambda given: max(1, min(given["min_tokens"], given["max_tokens"] // 8))
     )
@@ -165,6 +166,8 @@ class SearchSettings(Spec):
     """Who proposes trials."""
     scheduler: Literal["auto"] | Scheduler = "auto"
     """Who stops trials early."""
+    population: int = Field(default=8, ge=2)
+    """Trials of scheduler pbt beside each other; as many run at a time as fit, the others wait."""
     seed: NonNegativeInt = 0
     """Seed of proposals and of every trial."""
     max_concurrent: PositiveInt | None = None

@@ -186,6 +186,7 @@ class Space:
                 tokens=fidelity.max_tokens,
                 report_every_tokens=fidelity.report_every_tokens,
                 checkpoint_every_tokens=fidelity.checkpoint_every_tokens,
+                keep_every_tokens=fidelity.min_tokens if self.scheduler == "pbt" else None,
                 validation_tokens=fidelity.validation_tokens,
             )
         except ValidationError as error:
@@ -276,6 +277,11 @@ class Space:
             found.append(
                 f"repeats: {search.repeats} seeds of winner and runner-up take "
                 f"{2 * (search.repeats - 1)} trials, search_budget allows {trials} in all"
+            )
+        if self.scheduler == "pbt" and trials is not None and trials <= search.population:
+            found.append(
+                f"pbt replaces nobody: its population is {search.population}, search_budget allows "
+                f"{trials} trials"
             )
         if search.algorithm == "grid" and trials is not None and trials < (self.size or 0):
             found.append(f"grid has {self.size} points, search_budget allows {trials} trials")

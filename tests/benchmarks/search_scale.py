@@ -29,7 +29,8 @@ from thriftlm.search.history.state import SearchState
 from thriftlm.search.learning.factored import Factored
 from thriftlm.search.simulation.simulate import AS_RECORDED, MemoryJournal, desk_of, simulate
 from thriftlm.search.simulation.simulated_cluster import Clock
-from thriftlm.search.spaces.recorded_table import RecordedSpace, Truth, read_runs, truth_of
+from thriftlm.search.simulation.truth import Truth, truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.search.spaces.space import Space
 
 LAYERS, BATCHES = (2, 4, 6, 8), (8192, 16384, 32768)

@@ -29,7 +29,8 @@ import search_rivals as rivals
 
 from thriftlm.search.learning.factored import Factored
 from thriftlm.search.simulation.simulate import SimulatedSearch, simulate
-from thriftlm.search.spaces.recorded_table import RecordedSpace, Truth, read_runs, truth_of
+from thriftlm.search.simulation.truth import Truth, truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import InputError
 

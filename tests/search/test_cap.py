@@ -23,7 +23,8 @@ from thriftlm.search.history.journal import Allocated, Released, Reported
 from thriftlm.search.simulation.simulate import MemoryJournal, desk_of, simulate
 from thriftlm.search.simulation.simulated_cluster import Clock, Conditions
 from thriftlm.search.simulation.spot import SpotTrace
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.spec import InputError
 
 TOKENS = list(range(20_000, 600_001, 20_000))

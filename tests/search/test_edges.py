@@ -14,7 +14,8 @@ from thriftlm.records import write_rows
 from thriftlm.search.cluster.capacity import Capacity
 from thriftlm.search.history.recorded import recorded_rows
 from thriftlm.search.simulation.simulate import simulate
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.spec import InputError
 
 ALGORITHMS = ("random", "optuna", "grid", "factored")

@@ -28,7 +28,8 @@ from thriftlm.search.learning.probing import gangs_of, plan
 from thriftlm.search.learning.system_model import Costs
 from thriftlm.search.scores.measured_systems import best_systems, on_best_system
 from thriftlm.search.simulation.simulate import simulate
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.spec import SystemSpec
 from thriftlm.timings import Timing
 

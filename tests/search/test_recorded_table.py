@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recorded_world as world
 
 from thriftlm.records import write_rows
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.search.spaces.section import Rejected
 from thriftlm.spec import InputError
 

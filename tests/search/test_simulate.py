@@ -11,7 +11,8 @@ import recorded_world as world
 
 from thriftlm.search.simulation.simulate import simulate
 from thriftlm.search.simulation.simulated_cluster import Conditions
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.spec import InputError
 
 ALGORITHMS = ("random", "optuna", "factored")

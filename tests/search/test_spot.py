@@ -16,7 +16,8 @@ from thriftlm.search.history.state import SearchState
 from thriftlm.search.simulation.simulate import MemoryJournal, simulate
 from thriftlm.search.simulation.simulated_cluster import FRUITLESS, Conditions
 from thriftlm.search.simulation.spot import SpotCapacity, SpotTrace, instances, read_trace
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.simulation.truth import truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.spec import InputError, SystemSpec
 
 START_UP = 60.0

@@ -12,8 +12,9 @@ from thriftlm.config_file import ConfigFile
 from thriftlm.search.history.recorded import recorded_rows
 from thriftlm.search.learning.menu import menu_of
 from thriftlm.search.simulation.simulate import simulate
+from thriftlm.search.simulation.truth import truth_of
 from thriftlm.search.spaces.domains import Choice, Steps, Uniform, contains
-from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
 from thriftlm.search.spaces.space import Space
 from thriftlm.search.spaces.start import nearest
 from thriftlm.spec import InputError

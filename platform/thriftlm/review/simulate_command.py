@@ -70,7 +70,8 @@ def simulate(
     from thriftlm.search.simulation.simulate import simulate as simulated
     from thriftlm.search.simulation.simulated_cluster import Conditions
     from thriftlm.search.simulation.spot import read_trace
-    from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs, truth_of
+    from thriftlm.search.simulation.truth import truth_of
+    from thriftlm.search.spaces.recorded_table import RecordedSpace, read_runs
     from thriftlm.search.spaces.space import load_space
     from thriftlm.spec import InputError
 

@@ -17,7 +17,8 @@ from thriftlm.search.history.state import TrialState
 from thriftlm.search.simulation.simulated_cluster import Clock, Cluster, Conditions, Row
 from thriftlm.search.simulation.simulated_probe import first_timing_seconds
 from thriftlm.search.simulation.spot import SpotCapacity
-from thriftlm.search.spaces.recorded_table import RecordedSpace, Truth
+from thriftlm.search.simulation.truth import Truth
+from thriftlm.search.spaces.recorded_table import RecordedSpace
 from thriftlm.search.spaces.space import Space
 from thriftlm.spec import InputError, RunSpec, Spec
 

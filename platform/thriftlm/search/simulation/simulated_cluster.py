@@ -22,7 +22,8 @@ from thriftlm.search.history.state import TrialState
 from thriftlm.search.scores.measured_systems import best_systems
 from thriftlm.search.simulation.simulated_probe import timings
 from thriftlm.search.simulation.spot import SpotCapacity, SpotTrace
-from thriftlm.search.spaces.recorded_table import BROKEN, RecordedSpace, Truth
+from thriftlm.search.simulation.truth import Truth
+from thriftlm.search.spaces.recorded_table import BROKEN, RecordedSpace
 from thriftlm.spec import Progress, RunSpec, Status
 from thriftlm.timings import Timing
 

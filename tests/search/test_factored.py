@@ -56,7 +56,7 @@ def test_measured_speed_replaces_no_estimate(searched):
     searcher = searched().algorithm
     assert not searcher.systems.prior.is_known
     assert searcher.systems.knows_speed
-    speed = np.exp(searcher.systems.all_costs().log_tokens_per_s[searcher.menu.runs_on])
+    speed = np.exp(searcher.systems.tokens_per_s()[searcher.menu.runs_on])
     assert 300 < np.median(speed) < 6000  # one or two workers of 1,000 tokens per second
 
 

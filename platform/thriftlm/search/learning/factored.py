@@ -78,11 +78,8 @@ class Factored(Learner):
         return math.ceil(self.targets[trial.trial_id])
 
     def probe(self, state: SearchState) -> Proposal | None:
-        """Systems to time with the leader, once it is confirmed or the next thing is to do so."""
+        """Systems to time with the leader: what they cost decides how many tokens all will get."""
         if (leader := self.leader(state)) is None or state.trials[leader].is_only_known:
-            return None
-        missing, price = self._to_be_confirmed(state, leader)
-        if missing > 0 and self._left(state) > RESERVE * price:
             return None
         recipe = self.places[leader][0]
         return self.prober.proposal(state, recipe, self._able(recipe))

@@ -191,16 +191,16 @@ class Learner(Searcher):
     def _bought(self) -> Floats:
         """Tokens that the training budget buys a shape on each system; 1 where it doesn't run."""
         budget, usd_per_hour = self.space.training_budget, self.menu.usd_per_hour
-        costs = self.systems.all_costs()
-        speed = np.exp(costs.log_tokens_per_s)
-        fits = self.menu.runs_on & (costs.p_oom < 0.5)
+        log_speed = self.systems.tokens_per_s()
+        speed = np.exp(log_speed)
+        fits = self.menu.runs_on & (self.systems.all_p_oom() < 0.5)
         fits = np.where(fits.any(axis=1, keepdims=True), fits, self.menu.runs_on)
         by_usd = np.inf if budget.usd is None else budget.usd * 3600 / usd_per_hour * speed
         by_hours = np.inf if budget.hours is None else budget.hours * 3600 * speed
         bought = np.where(fits, np.minimum(by_usd, by_hours), 1.0)
         best = np.arange(len(bought)), bought.argmax(axis=1)
         usd = np.log(np.broadcast_to(usd_per_hour / 3600, bought.shape)[best])
-        self.log_speed = costs.log_tokens_per_s[best][self.menu.shape_of]
+        self.log_speed = log_speed[best][self.menu.shape_of]
         self.log_usd = usd[self.menu.shape_of] - self.log_speed
         return bought
 

@@ -1,12 +1,14 @@
 """What every system of a space would cost a token, calibrated by what trials measured.
 
 The estimate of `thriftlm plan` is the prior. What measured throughput differs by is learned per
-card, strategy, gang size, micro batch and kernel, each with a prior width; fitting the constants
-of the estimate as well earned nothing in simulated worlds. A verdict on memory, either way, moves
-the correction of the memory estimate, since nobody knows beforehand how far an allocator fragments.
+card, strategy, gang size, micro batch and kernel, and how it changes with the size of micro batch,
+gang and model, by Bayesian regression; how far off the estimate is at all is learned too, since
+what nobody has measured must be believed to be as far off as what was. A verdict on memory, either
+way, moves the correction of the memory estimate: nobody knows beforehand how far an allocator
+fragments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,10 +22,11 @@ from thriftlm.planning.constants import shipped
 from thriftlm.planning.machine import Machine
 from thriftlm.planning.memory import memory
 from thriftlm.spec import SystemSpec
+from thriftlm_models.counts import flops_per_token
 
 Floats = NDArray[np.float64]
 
-FIELD_SD = {
+FIELD_SD: dict[tuple[str, ...], float] = {
     ("gpu",): 0.15,
     ("strategy",): 0.08,
     ("n_gpus",): 0.08,
@@ -34,8 +37,17 @@ FIELD_SD = {
     ("gpu", "n_gpus"): 0.05,
 }
 """Scales of log(measured / estimated) that fields, or pairs of them, have in common."""
+COMMON_SD = 0.15
+"""Of what all systems have in common."""
+MICRO_BATCH_SD: dict[tuple[str, ...], float] = {(): 0.05, ("gpu",): 0.05, ("attention",): 0.05}
+GANG_SD = {("gpu",): 0.05, ("strategy",): 0.03}
+SIZE_SD: dict[tuple[str, ...], float] = {(): 0.05, ("gpu",): 0.05}
+"""Of how it changes per doubling of the micro batch, of the workers, and of the FLOPs of a token,
+for all systems and for those that have a field in common."""
 OWN_SD, NOISE_SD = 0.04, 0.03
 """Of a system alone, and of a measurement."""
+SCALES = {1.0: 0.35, 1.5: 0.3, 2.2: 0.2, 3.3: 0.1, 5.0: 0.05}
+"""Factors on all scales but the noise, and how likely each is before anything is measured: ours."""
 MEMORY_MEAN, MEMORY_SD, MEMORY_WIDTH = 0.05, 0.15, 0.03
 """Log of true over estimated memory, and how blurred the cliff is."""
 UNKNOWN_SD = 10.0
@@ -50,7 +62,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Of one shape on every system (S,), or of all shapes (K, S)."""
+    """Of one shape on every system (S,)."""
 
     log_tokens_per_s: Floats
     """Expected, of all GPUs together; -inf where the system cannot run the shape."""
@@ -61,6 +73,28 @@ class Costs:
         """Expected; infinite where the system cannot run the shape."""
         with np.errstate(over="ignore"):
             return np.asarray(usd_per_hour / 3600 * np.exp(-self.log_tokens_per_s))
+
+
+class Fit(NamedTuple):
+    """A Bayesian linear regression: what the features of systems contribute (F,)."""
+
+    scale: float
+    weights: Floats
+    covariance: Floats
+    log_likelihood: float
+    """Of what was measured, the weights integrated out, up to a constant."""
+
+    @classmethod
+    def of(cls, rows: Floats, gaps: Floats, variance: Floats, scale: float) -> "Fit":
+        """Fitted to gaps (P,) at features (P, F) whose prior variances are scaled."""
+        prior, noise = variance * scale**2, NOISE_SD**2 + (OWN_SD * scale) ** 2
+        precision = np.diag(1 / prior) + rows.T @ rows / noise
+        covariance = np.linalg.inv(precision)
+        pull = rows.T @ gaps / noise
+        weights = covariance @ pull
+        size = len(gaps) * np.log(noise) + np.log(prior).sum() + np.linalg.slogdet(precision)[1]
+        misfit = gaps @ gaps / noise - pull @ weights
+        return cls(scale, weights, covariance, float(-0.5 * (size + misfit)))
 
 
 class SystemModel:
@@ -114,19 +148,23 @@ class SystemModel:
         """Whether anything is known of throughput here, measured or estimated."""
         return self.prior.is_known or bool(self.measured)
 
-    def all_costs(self) -> Costs:
-        """Of every shape (K, S), by what is known."""
+    def tokens_per_s(self) -> Floats:
+        """Log of those expected of every shape on every system (K, S); see `Costs`."""
         log_speed = self.log_speed + self.shift
-        sd, p_oom = np.broadcast_to(self.sd, log_speed.shape).copy(), self.p_oom.copy()
         for fact, value in self.measured.items():
-            log_speed[fact], sd[fact] = value, 0.0
+            log_speed[fact] = value
+        return log_speed
+
+    def all_p_oom(self) -> Floats:
+        """Chances that memory runs out (K, S)."""
+        p_oom = self.p_oom.copy()
         for fact, oom in self.verdicts.items():
             p_oom[fact] = float(oom)
-        return Costs(log_speed, sd, p_oom)
+        return p_oom
 
     def costs(self, shape: int) -> Costs:
         """Of one shape, by what is known."""
-        log_speed, sd = self.log_speed[shape] + self.shift, self.sd.copy()
+        log_speed, sd = self.log_speed[shape] + self.shift[shape], self._sd(shape).copy()
         p_oom = self.p_oom[shape].copy()
         for fact, value in self.measured.items():
             if fact.shape == shape:
@@ -141,17 +179,22 @@ class SystemModel:
         self._learn_memory()
 
     def _learn_shift(self) -> None:
-        """Posterior of what systems have in common beyond the estimate: Bayesian regression."""
-        design, variance = self.prior.design, self.prior.variance
-        facts = [f for f in self.measured if np.isfinite(self.log_speed[f.shape, f.system])]
-        known = design[[fact.system for fact in facts]]
-        gaps = [self.measured[f] - self.log_speed[f.shape, f.system] for f in facts]
-        precision = np.diag(1 / variance) + known.T @ known / (NOISE_SD**2 + OWN_SD**2)
-        covariance = np.linalg.inv(precision)
-        weights = covariance @ known.T @ np.array(gaps) / (NOISE_SD**2 + OWN_SD**2)
-        self.shift = design @ weights if facts else np.zeros(len(design))
-        spread = np.einsum("ij,jk,ik->i", design, covariance, design)
-        self.sd = np.sqrt(spread + OWN_SD**2)
+        """Posterior of what systems have in common beyond the estimate, at the likeliest scale."""
+        facts = [f for f in self.measured if np.isfinite(self.log_speed[f])]
+        gaps = np.array([self.measured[f] - self.log_speed[f] for f in facts])
+        rows = self.prior.rows(facts)
+        fits = [Fit.of(rows, gaps, self.prior.variance, scale) for scale in SCALES]
+        best = int(np.argmax([fit.log_likelihood + np.log(SCALES[fit.scale]) for fit in fits]))
+        self.fit = fits[best]
+        self.shift = self.prior.shift(self.fit.weights)
+        self.spreads: dict[int, Floats] = {}
+
+    def _sd(self, shape: int) -> Floats:
+        if shape not in self.spreads:
+            rows = self.prior.rows_of(shape)
+            variance = ((rows @ self.fit.covariance) * rows).sum(axis=1)
+            self.spreads[shape] = np.sqrt(variance + (OWN_SD * self.fit.scale) ** 2)
+        return self.spreads[shape]
 
     def _learn_memory(self) -> None:
         grid = MEMORY_MEAN + MEMORY_SD * np.linspace(-3, 3, 61)
@@ -179,9 +222,13 @@ class Prior:
     log_fill: Floats
     """Log of estimated memory over what there is (shapes, systems); NaN where unknown."""
     design: Floats
-    """Indicators of the fields of each system (systems, F)."""
+    """Features of each system (systems, F1)."""
+    by_size: Floats
+    """Those that act in proportion to the size of a shape (systems, F2)."""
+    size: Floats
+    """Doublings of the FLOPs of a token over the middle of all shapes (shapes,)."""
     variance: Floats
-    """Of what the fields contribute (F,)."""
+    """Of what both kinds contribute (F1 + F2,)."""
     is_known: bool
     """Whether there is an estimate at all: not on a machine that nobody has measured."""
 
@@ -202,7 +249,8 @@ class Prior:
         fill = np.full(runs_on.shape, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             fill[tuple(pairs.T)] = np.log(memory(rows).needed / rows.memory_bytes)
-        design, variance = _design(systems)
+        design, variance = _features(systems, _plain(systems))
+        by_size, more = _features(systems, [(np.ones(len(systems)), SIZE_SD)])
         speed = tokens_per_s(rows, shipped().constants) * rows.n_gpus
         is_known = bool(np.isfinite(speed).any())
         if not is_known:
@@ -210,14 +258,51 @@ class Prior:
         usual = float(np.median(speed[np.isfinite(speed)])) if is_known else 1.0
         by_row = np.log(np.where(np.isfinite(speed), speed, usual))
         log_speed = np.where(at >= 0, by_row[at], -np.inf)
-        return cls(log_speed, fill, design, variance, is_known)
+        flops = [flops_per_token(shape.model, shape.seq_len) for shape in shapes]
+        size = np.log2(flops) - np.median(np.log2(flops))
+        variance = np.concatenate([variance, more])
+        return cls(log_speed, fill, design, by_size, size, variance, is_known)
+
+    def rows_of(self, shape: int) -> Floats:
+        """Features of a shape on every system (S, F1 + F2)."""
+        return np.column_stack([self.design, self.size[shape] * self.by_size])
+
+    def rows(self, facts: Sequence[Fact]) -> Floats:
+        """Features of some pairs (P, F1 + F2)."""
+        shapes, systems = np.array(facts, np.intp).reshape(-1, 2).T
+        return np.column_stack(
+            [self.design[systems], self.size[shapes, None] * self.by_size[systems]]
+        )
+
+    def shift(self, weights: Floats) -> Floats:
+        """What features contribute to every pair (K, S)."""
+        plain, slopes = np.split(weights, [self.design.shape[1]])
+        return np.asarray(self.design @ plain + np.outer(self.size, self.by_size @ slopes))
 
 
-def _design(systems: Sequence[SystemSpec]) -> tuple[Floats, Floats]:
-    columns, variance = [np.ones(len(systems))], [0.15**2]
-    for fields, sd in FIELD_SD.items():
-        keys = [tuple(getattr(one, field) for field in fields) for one in systems]
-        for key in dict.fromkeys(keys):
-            columns.append(np.array([float(other == key) for other in keys]))
-            variance.append(sd**2)
+Feature = tuple[Floats, Mapping[tuple[str, ...], float]]
+"""Values (systems,), and by which fields systems share their effect, with its scale."""
+
+
+def _plain(systems: Sequence[SystemSpec]) -> list[Feature]:
+    micro_batches, workers = (
+        np.log2([getattr(one, name) for one in systems]) for name in ("micro_batch", "n_gpus")
+    )
+    common = {(): COMMON_SD} | FIELD_SD
+    return [
+        (np.ones(len(systems)), common),
+        (micro_batches - micro_batches.mean(), MICRO_BATCH_SD),
+        (workers - workers.mean(), GANG_SD),
+    ]
+
+
+def _features(systems: Sequence[SystemSpec], given: Sequence[Feature]) -> tuple[Floats, Floats]:
+    """Columns (systems, F), the first of the first feature first, and their variances (F,)."""
+    columns, variance = [], []
+    for values, shared in given:
+        for fields, sd in shared.items():
+            keys = [tuple(getattr(one, field) for field in fields) for one in systems]
+            for key in dict.fromkeys(keys):
+                columns.append(values * np.array([float(other == key) for other in keys]))
+                variance.append(sd**2)
     return np.column_stack(columns), np.array(variance)

@@ -40,7 +40,7 @@ FIELD_SD: dict[tuple[str, ...], float] = {
 COMMON_SD = 0.15
 """Of what all systems have in common."""
 MICRO_BATCH_SD: dict[tuple[str, ...], float] = {(): 0.05, ("gpu",): 0.05, ("attention",): 0.05}
-GANG_SD = {("gpu",): 0.05, ("strategy",): 0.03}
+GANG_SD: dict[tuple[str, ...], float] = {("gpu",): 0.05, ("strategy",): 0.03}
 SIZE_SD: dict[tuple[str, ...], float] = {(): 0.05, ("gpu",): 0.05}
 """Of how it changes per doubling of the micro batch, of the workers, and of the FLOPs of a token,
 for all systems and for those that have a field in common."""

@@ -69,7 +69,7 @@ class Learner(Searcher):
         also = [one.point for one in self.known if one.point]
         self.menu: Menu = menu_of(self.space, also)
         self.restrict(self.holds)
-        self.systems = SystemModel.over(self.menu.prior)
+        self.systems = SystemModel(self.menu.prior)
         self.prober = Prober(self.space, self.menu, self.systems)
         self.curves = CurveModel()
         self.standing = Standing.of(len(self.menu.recipes))

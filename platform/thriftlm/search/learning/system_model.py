@@ -89,7 +89,7 @@ class Fit(NamedTuple):
         """Fitted to gaps (P,) at features (P, F) whose prior variances are scaled."""
         prior, noise = variance * scale**2, NOISE_SD**2 + (OWN_SD * scale) ** 2
         precision = np.diag(1 / prior) + rows.T @ rows / noise
-        covariance = np.linalg.inv(precision)
+        covariance = np.asarray(np.linalg.inv(precision), np.float64)
         pull = rows.T @ gaps / noise
         weights = covariance @ pull
         size = len(gaps) * np.log(noise) + np.log(prior).sum() + np.linalg.slogdet(precision)[1]
@@ -98,37 +98,12 @@ class Fit(NamedTuple):
 
 
 class SystemModel:
-    """Costs of shapes (model, batch, optimizer) on the systems of a space.
+    """Costs of shapes (model, batch, optimizer) on the systems of a space, learned over a prior."""
 
-    Args:
-        shapes: a case of each shape, on any system.
-        systems: all systems.
-        runs_on: whether a shape can run on a system (shapes, systems).
-        machine: what workers on a CPU run on.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[Case],
-        systems: Sequence[SystemSpec],
-        runs_on: NDArray[np.bool_],
-        machine: Machine | None,
-    ) -> None:
-        self.prior = Prior.of(shapes, systems, runs_on, machine)
-        self._begin()
-
-    @classmethod
-    def over(cls, prior: "Prior") -> "SystemModel":
-        """A model that has learned nothing yet, over a prior that was computed before."""
-        self = cls.__new__(cls)
-        self.prior = prior
-        self._begin()
-        return self
-
-    def _begin(self) -> None:
+    def __init__(self, prior: "Prior") -> None:
+        self.prior, self.log_speed = prior, prior.log_speed
         self.measured: dict[Fact, float] = {}
         self.verdicts: dict[Fact, bool] = {}
-        self.log_speed = self.prior.log_speed
         self._settle()
 
     def observe(self, fact: Fact, tokens_per_s_total: float | None, oom: bool) -> bool:
@@ -240,7 +215,14 @@ class Prior:
         runs_on: NDArray[np.bool_],
         machine: Machine | None,
     ) -> "Prior":
-        """Estimates of all pairs."""
+        """Estimates of all pairs.
+
+        Args:
+            shapes: a case of each shape, on any system.
+            systems: all systems.
+            runs_on: whether a shape can run on a system (shapes, systems).
+            machine: what workers on a CPU run on.
+        """
         pairs = np.argwhere(runs_on)
         cases = [shapes[i]._replace(system=systems[j]) for i, j in pairs.tolist()]
         rows = from_cases(cases, "thriftlm", machine)

@@ -211,11 +211,12 @@ class NearlyBestSystem(Factored):
         return int(rng.choice(able)) if len(able) else None
 
 
-class Uncalibrated(Factored):
-    """Nothing measured changes the estimate of a system."""
+class AssumedErrors(Factored):
+    """The estimate is as far off as is assumed, whatever was measured."""
 
-    def _timed(self, fact: Fact, progress: Progress) -> None:
-        pass
+    def _begin(self) -> None:
+        super()._begin()
+        self.systems.scales = {1.0: 1.0}
 
 
 class WithoutStepLaw(Factored):
@@ -270,6 +271,13 @@ class WithoutProbes(Factored):
 
     def probe(self, state: SearchState) -> Proposal | None:
         return None
+
+
+class Uncalibrated(WithoutProbes):
+    """Nothing measured changes the estimate of a system."""
+
+    def _timed(self, fact: Fact, progress: Progress) -> None:
+        pass
 
 
 class WithoutConfirmation(Factored):

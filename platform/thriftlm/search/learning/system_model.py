@@ -100,6 +100,8 @@ class Fit(NamedTuple):
 class SystemModel:
     """Costs of shapes (model, batch, optimizer) on the systems of a space, learned over a prior."""
 
+    scales: Mapping[float, float] = SCALES
+
     def __init__(self, prior: "Prior") -> None:
         self.prior, self.log_speed = prior, prior.log_speed
         self.measured: dict[Fact, float] = {}
@@ -158,8 +160,8 @@ class SystemModel:
         facts = [f for f in self.measured if np.isfinite(self.log_speed[f])]
         gaps = np.array([self.measured[f] - self.log_speed[f] for f in facts])
         rows = self.prior.rows(facts)
-        fits = [Fit.of(rows, gaps, self.prior.variance, scale) for scale in SCALES]
-        best = int(np.argmax([fit.log_likelihood + np.log(SCALES[fit.scale]) for fit in fits]))
+        fits = [Fit.of(rows, gaps, self.prior.variance, scale) for scale in self.scales]
+        best = int(np.argmax([fit.log_likelihood + np.log(self.scales[fit.scale]) for fit in fits]))
         self.fit = fits[best]
         self.shift = self.prior.shift(self.fit.weights)
         self.spreads: dict[int, Floats] = {}

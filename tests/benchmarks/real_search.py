@@ -1,14 +1,16 @@
 """The factored search beside Optuna's joint search, for real: tiny models on this CPU.
 
-    .venv/bin/python tests/benchmarks/real_search.py [SEEDS]
+    .venv/bin/python tests/benchmarks/real_search.py [SEEDS [RECORDS.json]]
 
 Each algorithm searches the quickstart's space with the same dollars, on real Ray, with the same
 seeds in turn; `optuna` with asha, both on warm gangs. Then each winner is trained over its training
-budget by `thriftlm train`, alone on the machine, and its validation loss is what counts.
+budget by `thriftlm train`, alone on the machine, and its validation loss is what counts. A search
+that ends without an answer has lost. Records are added to those of the file.
 
 Prints a table and writes it to results/real_search.md.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -41,7 +43,7 @@ def thriftlm(*words: str, launcher: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON of a command."""
     command = [sys.executable, *launcher, "-m", "thriftlm", *words, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if not done.stdout:
         sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -54,14 +56,14 @@ def searched(storage: Path, algorithm: str, seed: int) -> dict[str, Any]:
     name = f"{algorithm}-{seed}"
     place = ["--storage", str(storage)]
     found = thriftlm("search", "quickstart", "--name", name, *place, *sets)
+    counted = {"algorithm": algorithm, "seed": seed, "trials": len(found["trials"])}
+    counted["spent"] = found["spent_usd"]
+    if found["best"] is None:
+        return counted | {"what": "no answer", "predicted": np.nan, "loss": np.inf, "usd": 0.0}
     best = storage / "searches" / name / "best.yaml"
     ranks = yaml.safe_load(best.read_text())["system"]["n_gpus"]
     trained = trained_by(ranks, best, storage)
-    return {
-        "algorithm": algorithm,
-        "seed": seed,
-        "trials": len(found["trials"]),
-        "spent": found["spent_usd"],
+    return counted | {
         "predicted": found["best"]["loss_at_budget"],
         "loss": trained["val_loss"],
         "usd": trained["usd"],
@@ -115,12 +117,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    rows = []
+    records = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    rows = json.loads(records.read_text()) if records and records.exists() else []
+    there = {(row["seed"], row["algorithm"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(seeds):
-            for algorithm in ALGORITHMS:
-                rows.append(searched(Path(folder), algorithm, seed))
-                print(rows[-1], flush=True)
+        for seed, algorithm in itertools.product(range(seeds), ALGORITHMS):
+            if (seed, algorithm) in there:
+                continue
+            rows.append(searched(Path(folder), algorithm, seed))
+            print(rows[-1], flush=True)
+            if records:
+                records.write_text(json.dumps(rows))
     text = table(rows)
     print(text)
     RESULTS.write_text(text)

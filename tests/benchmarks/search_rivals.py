@@ -18,7 +18,7 @@ from thriftlm.search.history.journal import Ended, Event, Reported
 from thriftlm.search.history.state import SearchState, TrialState
 from thriftlm.search.learning.curve_model import Features
 from thriftlm.search.learning.factored import Factored
-from thriftlm.search.learning.system_model import Fact
+from thriftlm.search.learning.system_model import Fact, SystemModel
 from thriftlm.search.spaces.section import Rejected
 from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress
@@ -211,12 +211,16 @@ class NearlyBestSystem(Factored):
         return int(rng.choice(able)) if len(able) else None
 
 
-class AssumedErrors(Factored):
-    """The estimate is as far off as is assumed, whatever was measured."""
+class LevelsOnly(Factored):
+    """How speed changes with micro batch, gang and model is no trend."""
 
     def _begin(self) -> None:
         super()._begin()
-        self.systems.scales = {1.0: 1.0}
+        prior = self.systems.prior
+        levels = np.isin(prior.design, (0.0, 1.0)).all(axis=0)
+        levels = np.append(levels, np.zeros(prior.by_size.shape[1], bool))
+        variance = np.where(levels, prior.variance, 1e-12)
+        self.systems = self.prober.systems = SystemModel(replace(prior, variance=variance))
 
 
 class WithoutStepLaw(Factored):

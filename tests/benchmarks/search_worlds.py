@@ -46,7 +46,7 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "joint, our learner": rivals.AnySystem,
     "joint, our learner, filtered": rivals.NearlyBestSystem,
     "without calibration": rivals.Uncalibrated,
-    "errors as assumed": rivals.AssumedErrors,
+    "no trends of speed": rivals.LevelsOnly,
     "without Step Law": rivals.WithoutStepLaw,
     "law of whole curves": rivals.WholeCurves,
     "promotion by loss so far": rivals.LossSoFar,

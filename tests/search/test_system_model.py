@@ -74,14 +74,3 @@ def test_a_trend_in_the_size_of_the_model_goes_on(model):
     measure(model, lambda shape, _: 0.2 * shape, [(0, 1), (0, 2), (1, 1), (1, 2)])
     found = shifts(model)
     assert found[2, 1] > found[1, 1] + 0.08
-
-
-def test_an_estimate_that_was_far_off_is_believed_to_be_far_off_elsewhere(model):
-    before = model.costs(1).sd[4:].mean()
-    measure(model, lambda *_: 0.02, [(1, 0), (1, 1), (1, 2)])
-    near = model.costs(1).sd[4:].mean()
-    measure(model, lambda shape, system: (1.0, -0.8)[system % 2], [(0, 0), (0, 1), (2, 2), (2, 3)])
-    far = model.costs(1).sd[4:].mean()
-    assert near < before
-    assert far > 2 * near
-    assert model.fit.scale > 1

@@ -2,10 +2,8 @@
 
 The estimate of `thriftlm plan` is the prior. What measured throughput differs by is learned per
 card, strategy, gang size, micro batch and kernel, and how it changes with the size of micro batch,
-gang and model, by Bayesian regression; how far off the estimate is at all is learned too, since
-what nobody has measured must be believed to be as far off as what was. A verdict on memory, either
-way, moves the correction of the memory estimate: nobody knows beforehand how far an allocator
-fragments.
+gang and model, by Bayesian regression. A verdict on memory, either way, moves the correction of the
+memory estimate, since nobody knows beforehand how far an allocator fragments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,8 +44,6 @@ SIZE_SD: dict[tuple[str, ...], float] = {(): 0.05, ("gpu",): 0.05}
 for all systems and for those that have a field in common."""
 OWN_SD, NOISE_SD = 0.04, 0.03
 """Of a system alone, and of a measurement."""
-SCALES = {1.0: 0.35, 1.5: 0.3, 2.2: 0.2, 3.3: 0.1, 5.0: 0.05}
-"""Factors on all scales but the noise, and how likely each is before anything is measured: ours."""
 MEMORY_MEAN, MEMORY_SD, MEMORY_WIDTH = 0.05, 0.15, 0.03
 """Log of true over estimated memory, and how blurred the cliff is."""
 UNKNOWN_SD = 10.0
@@ -75,32 +71,8 @@ class Costs:
             return np.asarray(usd_per_hour / 3600 * np.exp(-self.log_tokens_per_s))
 
 
-class Fit(NamedTuple):
-    """A Bayesian linear regression: what the features of systems contribute (F,)."""
-
-    scale: float
-    weights: Floats
-    covariance: Floats
-    log_likelihood: float
-    """Of what was measured, the weights integrated out, up to a constant."""
-
-    @classmethod
-    def of(cls, rows: Floats, gaps: Floats, variance: Floats, scale: float) -> "Fit":
-        """Fitted to gaps (P,) at features (P, F) whose prior variances are scaled."""
-        prior, noise = variance * scale**2, NOISE_SD**2 + (OWN_SD * scale) ** 2
-        precision = np.diag(1 / prior) + rows.T @ rows / noise
-        covariance = np.asarray(np.linalg.inv(precision), np.float64)
-        pull = rows.T @ gaps / noise
-        weights = covariance @ pull
-        size = len(gaps) * np.log(noise) + np.log(prior).sum() + np.linalg.slogdet(precision)[1]
-        misfit = gaps @ gaps / noise - pull @ weights
-        return cls(scale, weights, covariance, float(-0.5 * (size + misfit)))
-
-
 class SystemModel:
     """Costs of shapes (model, batch, optimizer) on the systems of a space, learned over a prior."""
-
-    scales: Mapping[float, float] = SCALES
 
     def __init__(self, prior: "Prior") -> None:
         self.prior, self.log_speed = prior, prior.log_speed
@@ -156,21 +128,20 @@ class SystemModel:
         self._learn_memory()
 
     def _learn_shift(self) -> None:
-        """Posterior of what systems have in common beyond the estimate, at the likeliest scale."""
+        """Posterior of what systems have in common beyond the estimate: Bayesian regression."""
         facts = [f for f in self.measured if np.isfinite(self.log_speed[f])]
         gaps = np.array([self.measured[f] - self.log_speed[f] for f in facts])
-        rows = self.prior.rows(facts)
-        fits = [Fit.of(rows, gaps, self.prior.variance, scale) for scale in self.scales]
-        best = int(np.argmax([fit.log_likelihood + np.log(self.scales[fit.scale]) for fit in fits]))
-        self.fit = fits[best]
-        self.shift = self.prior.shift(self.fit.weights)
+        rows, noise = self.prior.rows(facts), NOISE_SD**2 + OWN_SD**2
+        precision = np.diag(1 / self.prior.variance) + rows.T @ rows / noise
+        self.covariance = np.linalg.inv(precision)
+        self.shift = self.prior.shift(self.covariance @ rows.T @ gaps / noise)
         self.spreads: dict[int, Floats] = {}
 
     def _sd(self, shape: int) -> Floats:
         if shape not in self.spreads:
             rows = self.prior.rows_of(shape)
-            variance = ((rows @ self.fit.covariance) * rows).sum(axis=1)
-            self.spreads[shape] = np.sqrt(variance + (OWN_SD * self.fit.scale) ** 2)
+            variance = ((rows @ self.covariance) * rows).sum(axis=1)
+            self.spreads[shape] = np.sqrt(variance + OWN_SD**2)
         return self.spreads[shape]
 
     def _learn_memory(self) -> None:

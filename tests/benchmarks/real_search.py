@@ -25,12 +25,13 @@ import numpy as np
 import yaml
 
 ALGORITHMS = ("factored", "optuna")
-TRAINING_USD, SEARCH_USD = 0.001, 0.003
+TRAINING_USD, SEARCH_USD = 0.0005, 0.0035
+"""The search can pay for the first report of two workers, of which nothing is known yet."""
 SETTINGS = {
     "training_budget": f"{{usd: {TRAINING_USD}}}",
     "search_budget": f"{{usd: {SEARCH_USD}}}",
     "search.scheduler": "auto",
-    "search.fidelity": "{min_tokens: 65536, max_tokens: 589824, report_every_tokens: 32768, "
+    "search.fidelity": "{min_tokens: 65536, max_tokens: 294912, report_every_tokens: 32768, "
     "validation_tokens: 16384}",
     "space.model.n_layers": [2, 3, 4, 6],
     "space.model.d_model": [64, 96, 128],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from thriftlm import prices
-from thriftlm.search.budget import STOP_SECONDS, Budget
+from thriftlm.search.budget import FIRST_REPORT_SECONDS, STOP_SECONDS, Budget
 from thriftlm.search.cluster.capacity import Capacity
 from thriftlm.search.history.journal import Allocated, Released, Reported
 from thriftlm.search.history.state import SearchState
@@ -180,6 +180,26 @@ def test_a_budget_too_small_for_one_trial_starts_none_and_says_so(lab):
     desk = lab.searched(lab.space(search_budget={"usd": 1e-6}))
     assert desk.state.spent_usd(desk.clock()) == 0
     assert desk.state.ended.reason == "search budget of 1e-06 USD leaves no room for another trial"
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna", "grid", "factored"])
+def test_a_trial_that_the_budget_does_not_bear_gives_way_to_one_that_it_does(lab, algorithm):
+    """Enough for the first report of one worker, not for that of two."""
+    space = lab.space(
+        search={"algorithm": algorithm, "scheduler": "none"},
+        search_budget={"usd": 1},
+        optim={"lr": [1e-3, 3e-3]},
+        system={"n_gpus": [2, 1], "strategy": ["ddp", "single"]},
+    )
+    per_hour = min(prices.usd_per_hour(system) for system in space.systems())
+    first = 2 * FIRST_REPORT_SECONDS + STOP_SECONDS
+    usd = 1.5 * per_hour * first / 3600
+    space.search_budget = space.search_budget.model_copy(update={"usd": usd})
+    desk = lab.searched(space)
+    begun = [trial for trial in desk.state.trials.values() if trial.allocations]
+    assert begun
+    assert begun[0].run.system.n_gpus == 1
+    assert desk.state.spent_usd(desk.clock()) <= usd
 
 
 def test_a_trial_that_is_late_is_asked_to_end_before_its_next_report(lab):

@@ -5,7 +5,7 @@ takes effect, and all of it can be replayed.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -34,13 +34,14 @@ from thriftlm.search.history.journal import (
 )
 from thriftlm.search.history.state import SearchState, TrialState
 from thriftlm.search.scores.objective import Score
-from thriftlm.search.scores.ranking import ranking
 from thriftlm.search.scores.scoring import score_trials
 from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress, RunSpec, Status
 from thriftlm.timings import Timing
 
 INTERRUPTED = "interrupted"
+MOST_TOO_DEAR = 100
+"""Proposals passed over that the budget does not bear."""
 REPEATED = "winner and runner-up were trained with other seeds"
 
 
@@ -133,8 +134,8 @@ class Desk:
 
     def _explore(self) -> TrialState | Wait | Finished:
         waiting = self.state.waiting
-        fitting = (t for t in waiting if self.capacity.can_hold(t.run.system, ()))
-        trial = next(fitting, None) or self._suggest()
+        fitting = [t for t in waiting if self.capacity.can_hold(t.run.system, ())]
+        trial = next((t for t in fitting if self._is_borne(t.run)), None) or self._suggest(fitting)
         later = any(self.capacity.can_ever_hold(t.run.system) for t in waiting)
         if isinstance(trial, Finished) and later:
             return self._until_market()
@@ -160,12 +161,8 @@ class Desk:
     @cached_property
     def contenders(self) -> list[TrialState]:
         """Winner and runner-up before their repeats, which are the last trials."""
-        events = self.journal.events
-        first = (i for i, e in enumerate(events) if isinstance(e, Suggested) and e.repeat_of)
-        before = SearchState(events[: next(first, len(events))])
-        found = ranking(self.space, before)
-        both = [self.state.trials[t.trial_id] for t in (found.winner, found.runner_up) if t]
-        return [trial for trial in both if trial.allocations]
+        names = repeats.contenders(self.space, self.journal.events)
+        return [self.state.trials[name] for name in names if self.state.trials[name].allocations]
 
     def _budget_of(self, trial: TrialState) -> Budget:
         return self.exploring if trial.repeat_of is None else self.budget
@@ -321,20 +318,11 @@ class Desk:
 
     def learned(self) -> list[str]:
         """What the search has learned, in sentences; also where it has no answer."""
-        return lessons.learned(self.space, self.state) + self._needed()
+        found = lessons.learned(self.space, self.state)
+        return found + lessons.needed(self.state, self.budget, self.price_of)
 
-    def _needed(self) -> list[str]:
-        """What the first trial would have needed, where the budget did not bear any."""
-        if not self.state.waiting or any(trial.allocations for trial in self.state.trials.values()):
-            return []
-        trial = self.state.waiting[0]
-        hours = self.budget.needed_seconds(self.state, trial) / 3600
-        usd = hours * self.price_of(trial.run)[0]
-        system = f"{trial.run.system.n_gpus} x {trial.run.system.gpu}"
-        return [f"a trial needs at least {usd:.3g} USD and {hours:.3g} hours (on {system})"]
-
-    def _suggest(self) -> TrialState | Wait | Finished:
-        """A paused trial to go on with, or a new one."""
+    def _suggest(self, too_dear: Sequence[TrialState]) -> TrialState | Wait | Finished:
+        """A paused trial to go on with, or a new one; else one that the budget does not bear."""
         if self._is_full():
             return Wait()
         most = self.exploring.trials
@@ -351,11 +339,18 @@ class Desk:
         if is_last:
             why = f"search budget of {most} trials"
             return Wait() if may_go_on else Finished(why)
-        is_later = False
+        is_later, dear = False, []
         for proposal in self.algorithm.propose(self.state):
             is_later = is_later or self.capacity.can_ever_hold(proposal.run.system)
-            if self.capacity.can_hold(proposal.run.system, ()):
+            if not self.capacity.can_hold(proposal.run.system, ()):
+                continue
+            if self._is_borne(proposal.run):
                 return self._suggested(proposal)
+            dear.append(proposal)
+            if len(dear) == MOST_TOO_DEAR:
+                break
+        if too_dear or dear:
+            return too_dear[0] if too_dear else self._suggested(dear[0])
         if is_later:
             return self._until_market()
         if may_go_on:
@@ -394,10 +389,15 @@ class Desk:
 
     def _may_start(self, run: RunSpec) -> bool:
         """Whether cluster and budget bear it now."""
-        refusal = self.exploring.refusal(
-            self.state, self.clock(), usd_per_hour=self.price_of(run)[0]
-        )
-        return refusal is None and self.capacity.can_ever_hold(run.system)
+        return self.capacity.can_ever_hold(run.system) and not self._is_too_dear(run)
+
+    def _is_borne(self, run: RunSpec) -> bool:
+        """Whether the budget bears it, or may when what holds resources has ended."""
+        return bool(self.state.running or self.state.idle) or not self._is_too_dear(run)
+
+    def _is_too_dear(self, run: RunSpec) -> bool:
+        usd_per_hour = self.price_of(run)[0]
+        return bool(self.exploring.refusal(self.state, self.clock(), usd_per_hour=usd_per_hour))
 
     def _is_full(self) -> bool:
         limit = self.settings.max_concurrent

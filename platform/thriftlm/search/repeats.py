@@ -8,8 +8,11 @@ not bear are left out, and the answer says so.
 from collections.abc import Iterator, Sequence
 
 from thriftlm.search.budget import STOP_SECONDS, Budget, FirstReport
+from thriftlm.search.history.journal import Event, Suggested
 from thriftlm.search.history.state import SearchState, TrialState
+from thriftlm.search.scores.ranking import ranking
 from thriftlm.search.spaces.settings import SearchBudget
+from thriftlm.search.spaces.space import Space
 from thriftlm.spec import RunSpec
 
 CONTENDERS = 2
@@ -33,6 +36,13 @@ def exploring(limits: SearchBudget, repeats: int, first_report: FirstReport | No
 def have_begun(state: SearchState) -> bool:
     """Whether a repeat was proposed; nothing else starts any more."""
     return any(trial.repeat_of is not None for trial in state.trials.values())
+
+
+def contenders(space: Space, events: Sequence[Event]) -> list[str]:
+    """Winner and runner-up before their repeats, which are the last trials."""
+    first = (i for i, e in enumerate(events) if isinstance(e, Suggested) and e.repeat_of)
+    found = ranking(space, SearchState(events[: next(first, len(events))]))
+    return [trial.trial_id for trial in (found.winner, found.runner_up) if trial]
 
 
 def missing(

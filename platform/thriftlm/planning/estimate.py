@@ -63,7 +63,8 @@ class Estimate:
     """End of the 80% interval of tokens/s."""
     high: float | None
     mfu: float | None
-    """Share of the dense bf16 peak, by the formula `6N+attn`."""
+    """Share of the dense bf16 peak, by the formula `6N+attn`; on a CPU that is slower in bf16, of
+    its fp32 peak."""
     peak_mem_gb: float | None
     """What torch allocates at most, in 1e9 bytes; on a CPU the whole process."""
     fits: bool | None
@@ -227,11 +228,13 @@ def _estimates(
     usd_per_hour = np.array([offer.usd_per_hour for offer in offers])[which]
     fits = np.where(held.needed <= systems.memory_bytes, 1.0, 0.0)
     unknown = np.isnan(systems.memory_bytes) | np.isnan(held.needed)
+    bf16, fp32 = systems.peak_flops, systems.fp32_peak_flops
+    fastest = np.where(systems.on_cpu > 0, np.fmax(bf16, fp32), bf16)
     return Estimates(
         tokens_per_s_per_gpu=speed,
         low=speed / spread,
         high=speed * spread,
-        mfu=speed * systems.flops_per_token / systems.peak_flops,
+        mfu=speed * systems.flops_per_token / fastest,
         peak_mem_gb=np.where(systems.on_cpu > 0, held.needed, held.peak) / GB,
         fits=np.where(unknown, np.nan, fits),
         usd_per_btok=usd_per_hour * 1e9 / (3600 * speed * systems.n_gpus),

@@ -227,14 +227,16 @@ def test_a_late_rank_is_communication_of_the_others_and_not_its_own(strategy, sa
     punctual, late = (rank[f"late/{strategy}"] for rank in sampled)
     asleep = late["asleep"] / late["wall"]
     assert asleep > 0.3
-    assert punctual["own"] >= 0.5 * asleep  # it too may have come late, on a busy machine
+    assert punctual["own"] >= 0.9 * asleep
     assert late["own"] <= 1 - 0.9 * asleep
 
 
 def test_a_slow_collective_is_communication_of_all(sampled):
     for rank in sampled:
         found = rank["slow/ddp"]
+        plain = rank["plain/ddp"]
         assert found["own"] >= 0.9 * found["collective"] / found["wall"]
+        assert found["own"] * found["wall"] > plain["own"] * plain["wall"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from thriftlm.search.cluster.gang import ON_THE_HEAD
 from thriftlm.search.history.journal import Allocated, Released, Suggested, read
 
 TRIALS = 12
@@ -79,7 +80,8 @@ def plain(storage: Path, runs: list[dict[str, Any]]) -> list[float]:
 
     ray.init(num_cpus=os.cpu_count(), include_dashboard=True, log_to_driver=False)
     tuner = tune.Tuner(
-        tune.with_resources(plain_trial, {"CPU": 0.01}),
+        # Of no CPU, or two workers on two cores would be waited for for ever.
+        tune.with_resources(plain_trial, tune.PlacementGroupFactory([ON_THE_HEAD])),
         param_space={
             "run": tune.grid_search([json.dumps(run) for run in runs]),
             "storage": str(storage),

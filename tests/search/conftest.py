@@ -7,9 +7,13 @@ trial must wait it knows when it starts, and ends at that report.
 import copy
 import heapq
 import itertools
+import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,3 +281,31 @@ def lab(tmp_path, monkeypatch):
     lab = Lab(tmp_path)
     yield lab
     lab.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with eight modules of the standard library, for searches on real Ray."""
+    folder, library = tmp_path_factory.mktemp("corpus"), Path(os.__file__).parent
+    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
+        (folder / f"{name}.py").write_text((library / f"{name}.py").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def searched():
+    """Runs `thriftlm search --json` on real Ray, and gives what it printed."""
+
+    def run(space, storage, *options):
+        command = ["search", str(space), "--storage", str(storage), "--json", *options]
+        done = subprocess.run(
+            [sys.executable, "-m", "thriftlm", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

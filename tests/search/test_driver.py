@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -51,15 +50,6 @@ def search(*args: str, **kwargs: int) -> tuple[int, dict, str]:
         command(*args, **kwargs), capture_output=True, text=True, check=False, timeout=500
     )
     return done.returncode, json.loads(done.stdout or "null"), done.stderr
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    library = Path(os.__file__).parent
-    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
-        (folder / f"{name}.py").write_text((library / f"{name}.py").read_text())
-    return folder
 
 
 @pytest.fixture(scope="module")

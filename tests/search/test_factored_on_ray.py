@@ -1,9 +1,5 @@
 """Factored searches on real Ray: one asks for a probe, and the next pays for nothing twice."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +35,11 @@ SPACE = {
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory) -> Path:
+def storage(tmp_path_factory, corpus) -> Path:
     folder: Path = tmp_path_factory.mktemp("factored")
-    library = Path(os.__file__).parent
-    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
-        (folder / f"{name}.py").write_text((library / f"{name}.py").read_text())
-    space = SPACE | {"data": SPACE["data"] | {"corpus": str(folder / "*.py")}}
+    space = SPACE | {"data": SPACE["data"] | {"corpus": str(corpus)}}
     (folder / "space.yaml").write_text(yaml.safe_dump(space))
     return folder
-
-
-def searched(storage: Path, *more: str) -> dict[str, Any]:
-    command = ["search", str(storage / "space.yaml"), "--storage", str(storage), "--json", *more]
-    done = subprocess.run(
-        [sys.executable, "-m", "thriftlm", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def events(storage: Path, name: str) -> list[Any]:
@@ -68,8 +47,9 @@ def events(storage: Path, name: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def first(storage) -> dict[str, Any]:
-    return searched(storage)
+def first(storage, searched) -> dict[str, Any]:
+    found: dict[str, Any] = searched(storage / "space.yaml", storage)
+    return found
 
 
 def test_a_search_asks_for_a_probe_and_its_timings_teach_it(storage, first):
@@ -84,8 +64,8 @@ def test_a_search_asks_for_a_probe_and_its_timings_teach_it(storage, first):
     assert first["spent_usd"] <= SPACE["search_budget"]["usd"]
 
 
-def test_what_an_earlier_search_measured_is_not_paid_for_again(storage, first):
-    found = searched(storage, "--name", "second", "--from", "first")
+def test_what_an_earlier_search_measured_is_not_paid_for_again(storage, first, searched):
+    found = searched(storage / "space.yaml", storage, "--name", "second", "--from", "first")
     before, after = (SearchState(events(storage, name)) for name in ("first", "second"))
     measured = {t.run.recipe_id for t in before.trials.values() if t.curve}
     (known,) = [event for event in events(storage, "second") if isinstance(event, Known)]

@@ -1,7 +1,6 @@
 """A live gang on real Ray: trials and a probe one after the other on the same workers."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -54,13 +53,10 @@ def losses(news) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_one_gang_serves_trials_of_other_strategies_and_a_probe(tmp_path):
-    corpus, cache, folder = (tmp_path / name for name in ("corpus", "cache", "search"))
-    for made in (corpus, cache, folder):
+def test_one_gang_serves_trials_of_other_strategies_and_a_probe(tmp_path, corpus):
+    cache, folder = tmp_path / "cache", tmp_path / "search"
+    for made in (cache, folder):
         made.mkdir()
-    library = Path(os.__file__).parent
-    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
-        (corpus / f"{name}.py").write_text((library / f"{name}.py").read_text())
     pair = {"n_gpus": 2, "micro_batch": 8}
     ddp, full, zero = (
         SystemSpec(strategy=strategy, **pair) for strategy in ("ddp", "fsdp_full", "zero1")

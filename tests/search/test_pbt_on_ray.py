@@ -1,9 +1,5 @@
 """A population on real Ray: children go on from checkpoints, and one run file repeats a child."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,24 +41,13 @@ SPACE = {
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory) -> tuple[Path, Space, SearchState]:
+def population(tmp_path_factory, corpus, searched) -> tuple[Path, Space, SearchState]:
     """The storage of a finished search, its space and what it knows."""
     folder = tmp_path_factory.mktemp("population")
-    library = Path(os.__file__).parent
-    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
-        (folder / f"{name}.py").write_text((library / f"{name}.py").read_text())
-    space = SPACE | {"data": SPACE["data"] | {"corpus": str(folder / "*.py")}}
+    space = SPACE | {"data": SPACE["data"] | {"corpus": str(corpus)}}
     (folder / "space.yaml").write_text(yaml.safe_dump(space))
-    command = ["search", str(folder / "space.yaml"), "--storage", str(folder), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "thriftlm", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["reason"] == "the population was trained to its end"
+    found = searched(folder / "space.yaml", folder)
+    assert found["reason"] == "the population was trained to its end"
     events = read(folder / "searches/population/journal.jsonl")
     return folder, Space(ConfigFile("space.yaml", space)), SearchState(events)
 
@@ -80,8 +65,8 @@ def trained(spec: RunSpec, cache: Path, output: Path, until: int) -> dict[int, f
     return {p.tokens: p.val_loss for p in train(spec, report, cache=cache, output=output).curve}
 
 
-def test_children_go_on_from_the_checkpoint_of_their_parent(searched):
-    storage, _, state = searched
+def test_children_go_on_from_the_checkpoint_of_their_parent(population):
+    storage, _, state = population
     trials = storage / "searches/population/trials"
     assert [child.branch.tokens for child in children(state)] == [4 * STEP, 8 * STEP]
     for child in children(state):
@@ -94,8 +79,8 @@ def test_children_go_on_from_the_checkpoint_of_their_parent(searched):
         assert sum(f"replaced by {child.trial_id} at lr" in reason for reason in reasons) == 1
 
 
-def test_the_run_file_of_a_child_repeats_it_from_the_beginning(searched, tmp_path):
-    storage, space, state = searched
+def test_the_run_file_of_a_child_repeats_it_from_the_beginning(population, tmp_path):
+    storage, space, state = population
     result, scores = answer(space, state)
     winner = state.trials[result.best.trial_id]
     best = yaml.safe_load((storage / "searches/population/best.yaml").read_text())

@@ -87,55 +87,67 @@ def test_a_trial_that_went_on_says_so():
     assert lost == "(a worker was lost 2 time(s), the trial went on)"
 
 
-def wait_for(enough: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    for _ in range(3000):
-        if found := enough():
-            return found
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("not in five minutes")
+class Searching:
+    """A search in a process of its own, with what can be seen of it from outside."""
+
+    def __init__(self, storage: Path, corpus: Path, *settings: str) -> None:
+        every = (*SETTINGS, f"data.corpus={corpus}", *settings)
+        sets = [part for setting in every for part in ("--set", setting)]
+        command = [sys.executable, "-m", "thriftlm", "search", "quickstart", "--json", *sets]
+        self.process = subprocess.Popen(
+            [*command, "--storage", str(storage)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.journal = storage / "searches/quickstart/journal.jsonl"
+
+    def events(self, kind: type) -> list[Any]:
+        found = list(read(self.journal)) if self.journal.exists() else []
+        return [event for event in found if isinstance(event, kind)]
+
+    def workers(self) -> set[int]:
+        """Process ids of the gang's workers."""
+        found = set()
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # ended meanwhile
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.add(process.pid)
+        return found
+
+    def wait_for(self, enough: Callable[[], Any]) -> None:
+        for _ in range(3000):
+            if enough():
+                return
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.1)
+        raise AssertionError("not in five minutes")
+
+    def lose_a_worker(self) -> None:
+        """Kill one, and wait until there is another for it."""
+        before = self.workers()
+        os.kill(max(before), signal.SIGKILL)
+        self.wait_for(lambda: self.workers() - before)
+
+    def ended(self) -> dict[str, Any]:
+        """What it printed."""
+        out, stderr = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, stderr
+        found: dict[str, Any] = json.loads(out)
+        return found
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_worker_killed_within_a_trial_recovers_from_its_checkpoint(tmp_path):
-    corpus, library = tmp_path / "corpus", Path(os.__file__).parent
-    corpus.mkdir()
-    for name in ("argparse", "ast", "calendar", "codecs", "csv", "dis", "enum", "ftplib"):
-        (corpus / f"{name}.py").write_text((library / f"{name}.py").read_text())
+def test_worker_killed_within_a_trial_recovers_from_its_checkpoint(tmp_path, corpus):
     storage = tmp_path / "storage"
-    sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-m", "thriftlm", "search", "quickstart", "--json", *sets]
-    searching = subprocess.Popen(
-        [*command, "--set", f"data.corpus={corpus}", "--storage", str(storage)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    journal = storage / "searches/quickstart/journal.jsonl"
-
-    def events(kind: type) -> list[Any]:
-        found = list(read(journal)) if journal.exists() else []
-        return [event for event in found if isinstance(event, kind)]
-
-    def workers() -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(searching.pid).children(recursive=True):
-            with suppress(psutil.Error):  # ended meanwhile
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    wait_for(lambda: any(event.checkpoint for event in events(Reported)), searching)
-    before = {process.pid for process in workers()}
-    assert len(before) == 2
+    search = Searching(storage, corpus)
+    events = search.events
+    search.wait_for(lambda: any(event.checkpoint for event in events(Reported)))
+    assert len(search.workers()) == 2
     reported = len(events(Reported))
-    os.kill(max(before), signal.SIGKILL)
-    wait_for(lambda: {process.pid for process in workers()} - before, searching)
-    out, stderr = searching.communicate(timeout=300)
-
-    assert searching.returncode == 0, stderr
-    (trial,) = json.loads(out)["trials"]
+    search.lose_a_worker()
+    (trial,) = search.ended()["trials"]
     assert trial["status"] == "done"
     (ended,) = events(Ended)
     assert ended.reason == "(a worker was lost 1 time(s), the trial went on)"
@@ -157,3 +169,16 @@ def test_worker_killed_within_a_trial_recovers_from_its_checkpoint(tmp_path):
         expected = [getattr(report, field) for report in measured.curve]
         found = [getattr(event.progress, field) for event in events(Reported)]
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_search_that_loses_workers_spends_no_more_than_its_cap(tmp_path, corpus):
+    search = Searching(tmp_path / "storage", corpus, "search_budget={usd: 0.002}")
+    for trials in (1, 2):
+        search.wait_for(lambda so_far=trials: len(search.events(Ended)) >= so_far)
+        search.wait_for(search.workers)
+        search.lose_a_worker()
+    found = search.ended()
+    assert found["reason"].startswith("search budget of 0.002 USD")
+    assert 0.001 < found["spent_usd"] <= 0.002

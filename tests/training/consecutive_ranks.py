@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import thriftlm.training.zero  # noqa: F401  so that the forks have it
 from thriftlm.spec import RunSpec
 from thriftlm.training import loop
-from thriftlm.training.consecutive import between_runs
+from thriftlm.training.consecutive import before_runs, between_runs
 
 
 def go(chain: dict[str, Any], cache: Path, folder: Path, rank: int) -> None:
@@ -59,7 +58,11 @@ def go(chain: dict[str, Any], cache: Path, folder: Path, rank: int) -> None:
 
 
 def main(folder: Path) -> None:
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  else each fork does, for seconds
+    before_runs()
+    # So that the forks have it; a gang imports it in its first run that needs it.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import thriftlm.training.zero  # noqa: F401
 
     asked = json.loads((folder / "chains.json").read_text())
     for chain in asked["chains"]:

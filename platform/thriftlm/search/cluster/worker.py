@@ -24,8 +24,9 @@ def serve(config: dict[str, Any]) -> None:
         config: `exchange` (the actor), `gang`, `cache` (of shards), `first` (number of its first
             job) and `starts_lost` (how often gangs were lost in that job).
     """
-    from thriftlm.training.consecutive import between_runs
+    from thriftlm.training.consecutive import before_runs, between_runs
 
+    before_runs()
     exchange, number = config["exchange"], config["first"]
     rank = ray_train.get_context().get_world_rank()
     while (job := ray.get(exchange.job.remote(config["gang"], number))) is not None:

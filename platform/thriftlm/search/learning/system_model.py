@@ -75,7 +75,7 @@ class SystemModel:
     """Costs of shapes (model, batch, optimizer) on the systems of a space, learned over a prior."""
 
     def __init__(self, prior: "Prior") -> None:
-        self.prior, self.log_speed = prior, prior.log_speed
+        self.prior = prior
         self.measured: dict[Fact, float] = {}
         self.verdicts: dict[Fact, bool] = {}
         self._settle()
@@ -99,7 +99,7 @@ class SystemModel:
 
     def tokens_per_s(self) -> Floats:
         """Log of those expected of every shape on every system (K, S); see `Costs`."""
-        log_speed = self.log_speed + self.shift
+        log_speed = self.prior.log_speed + self.shift
         for fact, value in self.measured.items():
             log_speed[fact] = value
         return log_speed
@@ -113,7 +113,7 @@ class SystemModel:
 
     def costs(self, shape: int) -> Costs:
         """Of one shape, by what is known."""
-        log_speed, sd = self.log_speed[shape] + self.shift[shape], self._sd(shape).copy()
+        log_speed, sd = self.prior.log_speed[shape] + self.shift[shape], self._sd(shape).copy()
         p_oom = self.p_oom[shape].copy()
         for fact, value in self.measured.items():
             if fact.shape == shape:
@@ -129,8 +129,8 @@ class SystemModel:
 
     def _learn_shift(self) -> None:
         """Posterior of what systems have in common beyond the estimate: Bayesian regression."""
-        facts = [f for f in self.measured if np.isfinite(self.log_speed[f])]
-        gaps = np.array([self.measured[f] - self.log_speed[f] for f in facts])
+        facts = [f for f in self.measured if np.isfinite(self.prior.log_speed[f])]
+        gaps = np.array([self.measured[f] - self.prior.log_speed[f] for f in facts])
         rows, noise = self.prior.rows(facts), NOISE_SD**2 + OWN_SD**2
         precision = np.diag(1 / self.prior.variance) + rows.T @ rows / noise
         self.covariance = np.linalg.inv(precision)

@@ -112,3 +112,15 @@ def test_runs_begin_alike_in_tokens(searched):
     assert np.exp(features.log_early[0]) * EARLIEST <= searcher.space.search.fidelity.max_tokens * (
         1 + 1e-9
     )
+
+
+def test_twins_of_what_was_tried_are_no_second_chance(searched):
+    """Rates from an interval: each trial is to tell something that the others did not."""
+    desk = searched(
+        "space.model={n_layers: 2, d_model: 64, n_heads: 2, d_ff: 192}",
+        "space.optim.lr={loguniform: [5e-4, 5e-2]}",
+        "search_budget.trials=12",
+    )
+    rates = np.log([trial.run.optim.lr for trial in desk.state.trials.values()])
+    assert len(rates) == 12
+    assert np.diff(np.sort(rates)).min() > 0.02

@@ -6,9 +6,9 @@ The logarithm of the loss of recipe x after D tokens is modelled as
 
 where u and v are the logs of learning rate and batch over those of Step Law (arXiv 2503.04715): the
 search is for the residual. The law is fitted to all curves and then linearised, so that its five
-coefficients are Gaussian with the prior of `planning.law`; the bowl's coefficients are Gaussian
+coefficients are Gaussian, with a share of the prior of `planning.law`; the bowl's coefficients are Gaussian
 too; f and g are Gaussian processes over the raw fields, u, v and log N; a and b belong to one
-recipe alone. Everything is one Gaussian process, whose posterior at t = 0 is the score
+recipe and its nearest neighbours. Everything is one Gaussian process, whose posterior at t = 0 is the score
 (freeze-thaw of Swersky et al., arXiv 1406.3896, with the law as its mean). Its scales are fixed:
 learning them by marginal likelihood earned nothing in simulated worlds.
 """
@@ -29,11 +29,18 @@ BOWL_MEAN = np.array([0.0, 0.006, 0.0, 0.002, 0.0])
 BOWL_SD = np.array([0.012, 0.006, 0.004, 0.003, 0.006])
 """Of u, u^2, v, v^2 and u t: twice the best rate costs about .3%, as in Step Law's own runs; the
 middle may lie a factor of e elsewhere, and move with the horizon."""
+FITTED_SD = 0.3
+"""Share of their prior's scales that a fitted law's coefficients keep: what the curves said of them
+is in the law already. With all of it, curves that still fell steeply were continued in a straight
+line, to losses that no law allows."""
 LEVEL_SD, SLOPE_SD, OWN_SD, OWN_SLOPE_SD, NOISE_SD = 0.02, 0.006, 0.004, 0.004, 0.002
 """Scales of f, g, a, b and noise, in log loss and per e-fold of tokens."""
 LENGTHS = {"u": 0.6, "v": 1.0, "n": 0.75, "raw": 0.5}
 """Distances at which recipes stop being alike: in logs, and in shares of a field's domain; words
 that differ count like the whole domain."""
+OWN_REACH = 0.2
+"""Share of those distances over which a and b reach: grids are wider, and where rates are drawn
+from an interval a twin of the leader is no second chance."""
 EARLIEST, EARLY_SD = 27.0, np.array([0.1, 0.03])
 """Runs begin above any law, and warm-up is counted in tokens: a term exp(-D / D_0), of that scale
 in log loss, and how it changes per e-fold of size. D_0 is a 27th of a middling run's tokens."""
@@ -105,12 +112,13 @@ class CurveModel:
     """Fitted to points of curves; asked for scores."""
 
     def __init__(self) -> None:
-        self.law = PRIOR_LAW
+        self.law, self.law_sd = PRIOR_LAW, PRIOR_SD[:5]
 
     def fit_law(self, curves: Sequence[Curve]) -> None:
         """Move the middle of the law to the curves."""
         if curves:
             self.law = fit_law(curves, starts=0).law
+            self.law_sd = FITTED_SD * PRIOR_SD[:5]
 
     def posterior(self, features: Features, points: Points) -> Posterior:
         """Scores of all recipes of `features` given the points of some."""
@@ -164,15 +172,15 @@ class CurveModel:
         basis_other: Floats,
     ) -> Floats:
         """Covariance of log losses without noise (P, Q)."""
-        sds = np.concatenate([PRIOR_SD[:5], BOWL_SD, EARLY_SD])
+        sds = np.concatenate([self.law_sd, BOWL_SD, EARLY_SD])
         shared = (basis_one * sds**2) @ basis_other.T
         t_one = one.log_tokens - features.log_d[one.recipe]
         t_other = other.log_tokens - features.log_d[other.recipe]
         slopes = np.outer(t_one, t_other)
-        alike = _alike(features.take(one.recipe), features.take(other.recipe))
-        same = one.recipe[:, None] == other.recipe[None, :]
+        distance = _distance(features.take(one.recipe), features.take(other.recipe))
+        alike, own = _matern(distance), _matern(distance / OWN_REACH)
         found = shared + alike * (LEVEL_SD**2 + SLOPE_SD**2 * slopes)
-        return np.asarray(found + same * (OWN_SD**2 + OWN_SLOPE_SD**2 * slopes))
+        return np.asarray(found + own * (OWN_SD**2 + OWN_SLOPE_SD**2 * slopes))
 
 
 def law_slopes(law: LossLaw, log_n: Floats, log_d: Floats) -> Floats:
@@ -198,8 +206,8 @@ def nearness(one: Features, other: Features) -> Floats:
     return np.asarray(np.exp(-2 * distance))
 
 
-def _alike(one: Features, other: Features) -> Floats:
-    """How alike recipes are (P, Q), 1 for equal ones: Matern 5/2 over numbers, less per word."""
+def _distance(one: Features, other: Features) -> Floats:
+    """How far apart recipes are, in `LENGTHS` (P, Q)."""
     square = np.zeros((len(one.u), len(other.u)))
     for name, scale in (("u", LENGTHS["u"]), ("v", LENGTHS["v"]), ("log_n", LENGTHS["n"])):
         gap = getattr(one, name)[:, None] - getattr(other, name)[None, :]
@@ -208,5 +216,10 @@ def _alike(one: Features, other: Features) -> Floats:
         square += ((one.raw[:, k, None] - other.raw[None, :, k]) / LENGTHS["raw"]) ** 2
     for k in range(one.words.shape[1]):
         square += (one.words[:, k, None] != other.words[None, :, k]) / LENGTHS["raw"] ** 2
-    distance = np.sqrt(5 * square)
-    return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
+    return np.asarray(np.sqrt(square))
+
+
+def _matern(distance: Floats) -> Floats:
+    """Matern 5/2 of unit length."""
+    scaled = np.sqrt(5) * distance
+    return np.asarray((1 + scaled + scaled**2 / 3) * np.exp(-scaled))

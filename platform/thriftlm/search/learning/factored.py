@@ -220,10 +220,11 @@ class Factored(Learner):
             own = rows[:, len(known) : len(seen)] + 1e-5 * np.eye(len(blind))
             covariance = covariance - rows.T @ np.linalg.solve(own, rows)
         posterior = self._valued(recipes, Posterior(posterior.mean, covariance), len(known))
-        if not len(known):
+        if not len(seen):
             return np.asarray(-posterior.mean[new])
-        spread = posterior.sd_within(np.arange(len(known)))
-        best = int(np.argmin(posterior.mean[: len(known)] + PESSIMISM_SDS * spread))
+        led = np.arange(len(known) or len(seen))  # nothing is measured: what runs is believed
+        spread = posterior.sd_within(led)
+        best = int(np.argmin(posterior.mean[led] + PESSIMISM_SDS * spread))
         gain = posterior.mean[best] - posterior.mean[new]
         sd = posterior.sd_of_difference(best)[new] + 1e-9
         improvement = expected_improvement(gain, sd)

@@ -25,13 +25,12 @@ import numpy as np
 import yaml
 
 ALGORITHMS = ("factored", "optuna")
-TRAINING_USD, SEARCH_USD = 0.0005, 0.0033
-"""The search can pay for the first report of two workers, of which nothing is known yet."""
+TRAINING_USD, SEARCH_USD = 0.0005, 0.002
 SETTINGS = {
     "training_budget": f"{{usd: {TRAINING_USD}}}",
     "search_budget": f"{{usd: {SEARCH_USD}}}",
     "search.scheduler": "auto",
-    "search.fidelity": "{min_tokens: 16384, max_tokens: 131072, report_every_tokens: 8192, "
+    "search.fidelity": "{min_tokens: 32768, max_tokens: 393216, report_every_tokens: 16384, "
     "validation_tokens: 8192}",
     "space.model.n_layers": [1, 2, 3, 4],
     "space.model.d_model": [32, 64, 96],

@@ -7,7 +7,7 @@ from thriftlm.search.answers.result import answer
 from thriftlm.search.history.journal import SearchStarted
 from thriftlm.search.learning.curve_model import Posterior
 from thriftlm.search.learning.factored import Factored
-from thriftlm.search.scores.scalar import line, predictions
+from thriftlm.search.scores.scalar import FALL_SD, line, predictions
 from thriftlm.spec import InputError
 
 LOSS, USD, SPEED = (np.log(x) for x in ([3.0, 3.1, 3.3, 9.0], [4.0, 2.0, 1.0, 1.0], [1, 2, 4, 4.0]))
@@ -50,12 +50,22 @@ def test_a_line_carries_mean_and_covariance():
 
 def test_predictions_are_drawn_together():
     common = Posterior(np.log([3.0, 3.1]), np.full((2, 2), 0.01) + 1e-8 * np.eye(2))
-    found = predictions(["a", "b"], np.array([1e9, 2e9]), common, 0)
+    found = predictions(["a", "b"], np.array([1e9, 2e9]), common, common.mean, 0)
     assert (found["a"].tokens, found["a"].loss) == (1e9, pytest.approx(3.0))
     assert np.log(found["a"].draws).std() == pytest.approx(0.1, rel=0.2)
     gap = np.log(found["b"].draws / found["a"].draws)
     assert gap.std() < 1e-3  # what they share cancels
     assert found["a"].spread < 1e-3
+
+
+def test_a_long_way_to_fall_is_a_wide_interval_that_all_share():
+    scores = Posterior(np.log([3.0, 3.0, 3.0]), 1e-8 * np.eye(3))
+    measured = np.log([3.0, 3.0 * np.exp(0.2), 3.0 * np.exp(0.4)])
+    found = predictions(["at", "near", "far"], np.full(3, 1e9), scores, measured, 0)
+    at, near, far = (np.log(one.draws / 3) for one in found.values())
+    assert at.std() < 1e-3
+    assert near.std() == pytest.approx(0.2 * FALL_SD, rel=0.2)
+    assert far == pytest.approx(2 * near, abs=1e-3)
 
 
 def test_the_factored_search_follows_its_objective(lab):

@@ -6,11 +6,11 @@ The logarithm of the loss of recipe x after D tokens is modelled as
 
 where u and v are the logs of learning rate and batch over those of Step Law (arXiv 2503.04715): the
 search is for the residual. The law is fitted to all curves and then linearised, so that its five
-coefficients are Gaussian, with a share of the prior of `planning.law`; the bowl's coefficients are Gaussian
-too; f and g are Gaussian processes over the raw fields, u, v and log N; a and b belong to one
-recipe and its nearest neighbours. Everything is one Gaussian process, whose posterior at t = 0 is the score
-(freeze-thaw of Swersky et al., arXiv 1406.3896, with the law as its mean). Its scales are fixed:
-learning them by marginal likelihood earned nothing in simulated worlds.
+coefficients are Gaussian, with a share of the prior of `planning.law`; the bowl's coefficients are
+Gaussian too; f and g are Gaussian processes over the raw fields, u, v and log N; a and b belong to
+one recipe and its nearest neighbours. Everything is one Gaussian process, whose posterior at t = 0
+is the score (freeze-thaw of Swersky et al., arXiv 1406.3896, with the law as its mean). Its scales
+are fixed: learning them by marginal likelihood earned nothing in simulated worlds.
 """
 
 from collections.abc import Sequence

@@ -316,4 +316,5 @@ class Learner(Searcher):
         posterior = self.curves.posterior(self._features(recipes), points)
         names = [configuration_of(self.menu.runs[r]) for r in recipes.tolist()]
         tokens = fresh_tokens(self.tokens_at_budget, self.unique_tokens)[recipes]
-        return predictions(names, tokens, posterior, self.space.search.seed)
+        measured = np.log(self.standing.loss[recipes])
+        return predictions(names, tokens, posterior, measured, self.space.search.seed)

@@ -17,6 +17,11 @@ from thriftlm.search.scores.objective import Objective, Predicted
 
 DRAWS = 256
 """Of all scores together, behind an answer."""
+FALL_SD = 0.25
+"""Of how far losses fall from here to the budget, in log loss, as a share of what is predicted:
+the law's form is wrong by something that all recipes share. Without it 90% intervals of leaders
+held the truth of 21 simulated worlds in 73% of searches, with it in 87%
+(`tests/benchmarks/interval_coverage.py`)."""
 
 
 class Line(NamedTuple):
@@ -65,11 +70,16 @@ def line(
 
 
 def predictions(
-    names: Sequence[str], tokens: Floats, scores: Posterior, seed: int
+    names: Sequence[str], tokens: Floats, scores: Posterior, log_loss: Floats, seed: int
 ) -> dict[str, Predicted]:
-    """Scores of recipes (R,) at these tokens as losses by name, drawn for all together."""
+    """Scores of recipes (R,) at these tokens as losses by name, drawn for all together.
+
+    `log_loss` is what was measured last of each.
+    """
     spread = scores.sd_within(np.arange(len(names)))
-    drawn = np.exp(scores.draws(DRAWS, seed)).T
+    fall = np.maximum(0.0, log_loss - scores.mean)
+    shared = np.random.default_rng([seed, 1]).normal(0, FALL_SD, DRAWS)
+    drawn = np.exp(scores.draws(DRAWS, seed) + shared[:, None] * fall).T
     rows = zip(tokens.tolist(), np.exp(scores.mean).tolist(), spread.tolist(), drawn, strict=True)
     return {name: Predicted(*row) for name, row in zip(names, rows, strict=True)}
 

@@ -37,6 +37,7 @@ SETTINGS = {
     "space.optim.batch_tokens": 1024,
     "space.system.micro_batch": 8,
     "search_budget": "{trials: 12, usd: 1}",
+    "search.algorithm": "random",
     "search.scheduler": "none",
     "search.max_concurrent": 1,
     "search.fidelity": "{max_tokens: 16384, validation_tokens: 2048}",

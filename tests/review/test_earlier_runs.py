@@ -30,7 +30,11 @@ from thriftlm.search.history.storage import Storage
 from thriftlm.search.spaces.space import Space, load_space
 from thriftlm.spec import InputError, Progress, RunSpec
 
-CHANGES = ("search.scheduler=asha", "search.fidelity={min_tokens: 20000, max_tokens: 180000}")
+CHANGES = (
+    "search.algorithm=random",
+    "search.scheduler=asha",
+    "search.fidelity={min_tokens: 20000, max_tokens: 180000}",
+)
 T0 = 1_700_000_000.0
 
 

@@ -191,7 +191,7 @@ def test_the_live_table_fits(width: int, events: list[Event], sitting: Sitting) 
     assert len(lines) == 1 + 3 + 1, "a line for the head, each trial and the summary"
     assert all(len(line) <= width for line in lines)
     assert "running" in lines[1]
-    assert "lowest loss 6.2800, 2/8 trials" in lines[-1]
+    assert "lowest loss 6.2800, 2/12 trials" in lines[-1]
 
 
 def test_plain_lines_where_there_is_no_terminal(events: list[Event], sitting: Sitting) -> None:

@@ -28,7 +28,12 @@ from thriftlm.search.history.stopping import StopRequests, driver_of, request_st
 from thriftlm.search.spaces.space import load_space
 from thriftlm.spec import Progress, RunSpec
 
-SPACE = load_space("quickstart", ["search_budget={usd: 0.5, trials: 6}", "search.scheduler=none"])
+CHANGES = (
+    "search_budget={usd: 0.5, trials: 6}",
+    "search.algorithm=random",
+    "search.scheduler=none",
+)
+SPACE = load_space("quickstart", CHANGES)
 T0 = 1_700_000_000.0
 USD_PER_HOUR = 3.6
 

@@ -26,6 +26,7 @@ from thriftlm.spec import RunSpec
 pytestmark = pytest.mark.ray
 
 TINY = [
+    "search.algorithm=random",
     "data.tokenizer=bpe:512",
     "data.seq_len=64",
     "space.model.n_layers=[1,2]",

@@ -12,6 +12,7 @@ from thriftlm.search.spaces.space import load_space
 QUICKSTART = (
     "search.algorithm=factored",
     "search.scheduler=auto",
+    "training_budget.usd=0.01",  # the machine here trains 1,000 tokens a second
     "search_budget.usd=0.05",
     "search_budget.trials=8",
 )
@@ -114,13 +115,30 @@ def test_runs_begin_alike_in_tokens(searched):
     )
 
 
-def test_twins_of_what_was_tried_are_no_second_chance(searched):
-    """Rates from an interval: each trial is to tell something that the others did not."""
-    desk = searched(
-        "space.model={n_layers: 2, d_model: 64, n_heads: 2, d_ff: 192}",
-        "space.optim.lr={loguniform: [5e-4, 5e-2]}",
-        "search_budget.trials=12",
-    )
-    rates = np.log([trial.run.optim.lr for trial in desk.state.trials.values()])
-    assert len(rates) == 12
-    assert np.diff(np.sort(rates)).min() > 0.02
+RATES = (
+    "space.model={n_layers: 2, d_model: 64, n_heads: 2, d_ff: 192}",
+    "space.optim.lr={loguniform: [5e-4, 5e-2]}",
+    "search_budget.trials=12",
+)
+
+
+def test_a_second_first_trial_is_no_twin_of_the_first(searched):
+    """Both start before anything is measured."""
+    first, second, *_ = searched(*RATES).state.trials.values()
+    assert second.allocations[0].since < first.reported_at[0]
+    assert abs(np.log(first.run.optim.lr / second.run.optim.lr)) > 0.1
+
+
+def test_a_twin_of_the_leader_is_no_second_chance(searched):
+    """What a recipe has for itself, its nearest neighbours in rate have too."""
+    searcher = searched(*RATES).algorithm
+    known, points = searcher._data()
+    leader = searcher._ranked()[0]
+    away = np.abs(searcher.menu.log_rate - searcher.menu.log_rate[leader])
+    left = np.setdiff1d(np.arange(len(away)), known)
+    twin, other = (left[np.argmin(np.abs(away[left] - gap))] for gap in (0.01, 0.3))
+    recipes = np.array([*known.tolist(), twin, other])
+    posterior = searcher.curves.posterior(searcher._features(recipes), points)
+    sd = posterior.sd_of_difference(known.tolist().index(leader))
+    assert away[twin] < 0.05
+    assert sd[-2] < sd[-1] / 4

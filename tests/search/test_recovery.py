@@ -24,6 +24,7 @@ from thriftlm.spec import InputError, Measurement, Progress, SystemSpec
 from thriftlm.training.loop import Decision, train
 
 SETTINGS = [
+    "search.algorithm=random",
     "data.tokenizer=bpe:512",
     "data.seq_len=64",
     "space.model.n_layers=[2]",

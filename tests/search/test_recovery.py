@@ -175,11 +175,11 @@ def test_worker_killed_within_a_trial_recovers_from_its_checkpoint(tmp_path, cor
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_that_loses_workers_spends_no_more_than_its_cap(tmp_path, corpus):
-    search = Searching(tmp_path / "storage", corpus, "search_budget={usd: 0.002}")
+    search = Searching(tmp_path / "storage", corpus, "search_budget={usd: 0.004}")
     for trials in (1, 2):
         search.wait_for(lambda so_far=trials: len(search.events(Ended)) >= so_far)
         search.wait_for(search.workers)
         search.lose_a_worker()
     found = search.ended()
-    assert found["reason"].startswith("search budget of 0.002 USD")
-    assert 0.001 < found["spent_usd"] <= 0.002
+    assert found["reason"].startswith("search budget of 0.004 USD")
+    assert 0.002 < found["spent_usd"] <= 0.004

@@ -21,6 +21,7 @@ from thriftlm.training.corpus import survey
 from thriftlm.training.shards import build
 
 CHILD = """
+import signal
 import sys
 from pathlib import Path
 from thriftlm.spec import DataSpec, InputError
@@ -38,6 +39,8 @@ def progress(stage, fraction):
 progress.hold = True
 data = DataSpec(corpus=sys.argv[1], tokenizer="bpe:300", seq_len=16, validation_fraction=0.2)
 if __name__ == "__main__":
+    # A suite in the background may have been started with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         print("built", build(data, Path(sys.argv[2]), progress, processes=2).path.name)
     except InputError as error:
@@ -78,8 +81,6 @@ def held_build(corpus: Path, cache: Path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": ":".join(sys.path)},
-        # A suite in the background may have been started with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

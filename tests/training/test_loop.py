@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +146,16 @@ def test_checkpoints_come_at_their_interval_and_at_the_end(bench, tmp_path):
     def report(progress: Progress, checkpoint: Path | None) -> Decision:
         if checkpoint is not None:
             written.append((progress.step, checkpoint.name))
+        if progress.step in (8, 16):  # a loaded disk may take longer than the steps that are left
+            due, until = tmp_path / f"step_{progress.step:08d}", time.monotonic() + 60
+            while not due.exists() and time.monotonic() < until:
+                time.sleep(0.01)
         return Decision.CONTINUE
 
     spec = bench.spec(checkpoint_every_tokens=8 * BATCH_TOKENS)
     measured = train(spec, report, cache=bench.cache, output=tmp_path)
     names = [name for _, name in written]
-    due = ["step_00000008", "step_00000016", "step_00000020"]
-    # One that a slow disk completes after the next is due is not heard of, but it is there.
-    assert names == [name for name in due if name in names]
-    assert names[-1] == due[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == due[-spec.keep_checkpoints :]
+    assert names == ["step_00000008", "step_00000016", "step_00000020"]
     assert all(int(name.removeprefix("step_")) <= step for step, name in written)
     assert written[-1][0] == 20  # the last one is waited for
     assert measured.checkpoint == str(tmp_path / "step_00000020")
